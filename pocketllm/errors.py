@@ -1,0 +1,9 @@
+"""The package's exceptions: every expected failure is one of these, with one sentence that says what to do."""
+
+
+class PocketError(ValueError):
+    """Bad input or an unmet request. The message is one sentence a user can act on."""
+
+
+class CheckpointError(PocketError):
+    """A checkpoint folder is missing, damaged, tampered with or of an unknown format version."""

@@ -1,0 +1,198 @@
+"""How a model becomes matrices and a matrix becomes sub-vectors: the only owner of that layout.
+
+A weight W is (out, in), one output unit a row. A row is cut into L = ceil(in / d) sub-vectors of
+length d, the last padded with zeros. Rows are normalised before a codec sees them (reshaped layer
+normalisation at the input: statistics over the whole row, arXiv 2511.17637 section 3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import PocketError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FLOAT16_MAX = 65504.0
+FLOAT16_TINY = 2.0**-24
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One matrix of a model that is to be compressed.
+
+    Attributes:
+        name: module name, as in the state dict without ``.weight``.
+        kind: ``"linear"``, ``"conv1d"`` (stored transposed), ``"embedding"`` or ``"tied"``
+            (a head that reads the embedding's matrix and owns nothing).
+        shape: (out, in) as rows and columns of the matrix that is cut into sub-vectors.
+        role: the name with layer numbers removed, equal for the same weight type of every layer.
+        tied_to: for ``"tied"``, the name of the target that owns the matrix.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    role: str
+    tied_to: str | None = None
+
+    @property
+    def weights(self) -> int:
+        """Number of weights the target owns."""
+        return 0 if self.tied_to else self.shape[0] * self.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A parameter that stays as it is, and why."""
+
+    name: str
+    weights: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A matrix as normalised rows.
+
+    Attributes:
+        values: (out, L*d) float32, ``(W - shift) / scale`` with zeros as padding.
+        scale: (out,) float16.
+        shift: (out,) float16, or None.
+    """
+
+    values: np.ndarray
+    scale: np.ndarray
+    shift: np.ndarray | None
+
+
+def subvector_count(columns: int, subvector: int) -> int:
+    """L, the sub-vectors a row of ``columns`` values is cut into."""
+    return -(-columns // subvector)
+
+
+def role_of(name: str) -> str:
+    """The module's name without its layer numbers: ``model.layers.3.mlp.up_proj`` -> ``model.layers.mlp.up_proj``."""
+    return re.sub(r"\.\d+(?=\.|$)", "", name)
+
+
+def normalise(weight: np.ndarray, subvector: int, *, row_scale: bool = True, row_shift: bool = False) -> Rows:
+    """Cut a matrix into sub-vectors and normalise its rows.
+
+    Args:
+        weight: (out, in) float32.
+        subvector: d.
+        row_scale: divide by the row's root mean square (standard deviation with ``row_shift``).
+        row_shift: subtract the row's mean first.
+
+    Scale and shift are rounded to float16 before they are applied, so that what is stored is what
+    was used. A row that is constant after the shift gets scale 1.
+
+    Raises:
+        PocketError: NaN or Inf in the weight, or a row too large for float16 scales.
+    """
+    rows, columns = weight.shape
+    if not np.isfinite(weight).all():
+        raise PocketError(f"weight: {np.count_nonzero(~np.isfinite(weight))} of {weight.size} values are NaN or Inf")
+    length = subvector_count(columns, subvector) * subvector
+    values = np.zeros((rows, length), np.float32)
+    body = values[:, :columns]
+    body[...] = weight
+    shift = None
+    if row_shift:
+        shift = _float16(weight.mean(1, dtype=np.float64), "mean")
+        body -= shift.astype(np.float32)[:, None]
+    scale = np.ones(rows, np.float16)
+    if row_scale and columns:
+        spread = np.sqrt(np.square(body, dtype=np.float64).mean(1))
+        # Below float16's smallest number the row is zero for every purpose.
+        scale = _float16(np.where(spread < FLOAT16_TINY, 1.0, spread), "scale")
+        body /= scale.astype(np.float32)[:, None]
+    return Rows(values, scale, shift)
+
+
+def denormalise(values: np.ndarray, columns: int, scale: np.ndarray, shift: np.ndarray | None) -> np.ndarray:
+    """The matrix (out, in) float32 that normalised rows (out, L*d) stand for."""
+    weight = values[:, :columns] * scale.astype(np.float32)[:, None]
+    if shift is not None:
+        weight += shift.astype(np.float32)[:, None]
+    return weight
+
+
+def matrix_of(module: nn.Module, kind: str) -> np.ndarray:
+    """The module's weight as a float32 (out, in) array; a Conv1D's is transposed."""
+    weight = module.weight.detach().float().cpu().numpy()
+    return np.ascontiguousarray(weight.T) if kind == "conv1d" else weight
+
+
+def walk(model: nn.Module, *, embeddings: bool, skip: Iterable[str] = ()) -> tuple[list[Target], list[Dense]]:
+    """What of a causal LM is compressed, in module order, and which large parameters are not.
+
+    Args:
+        model: a transformers causal LM (anything with ``get_input_embeddings`` and
+            ``get_output_embeddings``).
+        embeddings: include the input embedding and the head.
+        skip: names to leave dense; a name matches as a whole module name or a suffix after a dot,
+            and a dotted prefix matches everything below it.
+
+    Returns:
+        The targets, and every matrix-shaped parameter left dense with the reason.
+    """
+    skip = list(skip)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    targets: list[Target] = []
+    dense: list[Dense] = []
+    taken: set[int] = set()
+    embedding_name = next((n for n, m in model.named_modules() if m is embedding), None)
+    for name, module in model.named_modules():
+        kind = _kind(module, embedding)
+        if kind is None:
+            continue
+        weight = module.weight
+        if _matches(name, skip):
+            dense.append(Dense(f"{name}.weight", weight.numel(), "named in modules_to_not_convert"))
+        elif module is embedding or module is head:
+            if embeddings:
+                tie = embedding_name if module is head and tied else None
+                shape = (int(weight.shape[0]), int(weight.shape[1]))
+                targets.append(Target(name, "tied" if tie else kind, shape, role_of(name), tie))
+            elif id(weight) not in taken:
+                dense.append(Dense(f"{name}.weight", weight.numel(), "embedding or head; compress it with --embeddings on"))
+        elif weight.numel() == 0:
+            dense.append(Dense(f"{name}.weight", 0, "empty"))
+        else:
+            rows, columns = (weight.shape[1], weight.shape[0]) if kind == "conv1d" else weight.shape
+            targets.append(Target(name, kind, (int(rows), int(columns)), role_of(name)))
+        taken.add(id(weight))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and id(parameter) not in taken:
+            reason = "experts kept as one tensor" if parameter.ndim == 3 else "not a linear layer"
+            dense.append(Dense(name, parameter.numel(), reason))
+    return targets, dense
+
+
+def _kind(module: nn.Module, embedding: nn.Module) -> str | None:
+    from torch import nn
+
+    if type(module) is nn.Linear:
+        return "linear"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return "conv1d"
+    return "embedding" if module is embedding else None
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(name == p or name.endswith("." + p) or name.startswith(p + ".") for p in patterns)
+
+
+def _float16(values: np.ndarray, what: str) -> np.ndarray:
+    if values.size and np.abs(values).max() > FLOAT16_MAX:
+        raise PocketError(f"weight: a row's {what} is {np.abs(values).max():.3g}, more than float16 holds (65504)")
+    return values.astype(np.float16)
