@@ -1,0 +1,178 @@
+/* infer_span.h - from packed indices to numbers: a span of a row's sub-vectors is unpacked to byte
+ * offsets into the table, and the table's rows are gathered. Included by infer.c only. */
+#ifndef PLLM_INFER_SPAN_H
+#define PLLM_INFER_SPAN_H
+
+#include "kernel.h"
+
+/* Indices are unpacked eight at a time: eight of b bits are exactly b bytes. */
+enum { GROUP = 8, GROUP_BYTES = 16 /* what reading one group may touch */ };
+
+/* A codec's table and index layout, prepared for one call. */
+typedef struct {
+    const char *table; /* K rows of d values, float or int8 */
+    int d;
+    int is_int8;
+    float factor; /* multiplies every table value: table_scale, or 1 */
+    int bits;
+    int32_t last;      /* K - 1: larger indices (damaged payloads) are read as this one */
+    int32_t row_bytes; /* of a table row */
+    const uint8_t *end; /* first byte behind the packed payload */
+    uint8_t shuffle[2][16]; /* which bytes each 32-bit lane of a group of indices needs */
+    int32_t shift[GROUP];   /* and by how much it has to be shifted down */
+} span_plan;
+
+static void plan_groups(span_plan *plan)
+{
+    for (int i = 0; i < GROUP; i++) {
+        const int bit = i * plan->bits;
+        plan->shift[i] = bit % 8;
+        for (int b = 0; b < 4; b++) {
+            const int byte = bit / 8 + b;
+            plan->shuffle[i / 4][i % 4 * 4 + b] = (uint8_t)(b < 3 && byte < 16 ? byte : 0x80);
+        }
+    }
+}
+
+/* offset[0..7] = table offsets of the eight indices that start at source; reads GROUP_BYTES. */
+PLLM_INLINE void unpack_group(const span_plan *plan, const uint8_t *source, int32_t *offset)
+{
+    const int32_t mask = (int32_t)((1u << plan->bits) - 1);
+#if defined(PLLM_ISA_AVX2) || (defined(PLLM_ISA_AVX512) && !defined(PLLM_SIMDE))
+    const __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)source);
+    __m256i v = _mm256_broadcastsi128_si256(bytes);
+    v = _mm256_shuffle_epi8(v, _mm256_loadu_si256((const __m256i *)(const void *)plan->shuffle));
+    v = _mm256_srlv_epi32(v, _mm256_loadu_si256((const __m256i *)(const void *)plan->shift));
+    v = _mm256_and_si256(v, _mm256_set1_epi32(mask));
+    v = _mm256_min_epi32(v, _mm256_set1_epi32(plan->last));
+    v = _mm256_mullo_epi32(v, _mm256_set1_epi32(plan->row_bytes));
+    _mm256_storeu_si256((__m256i *)(void *)offset, v);
+#elif defined(PLLM_ISA_NEON)
+    const uint8x16_t bytes = vld1q_u8(source);
+    for (int half = 0; half < 2; half++) {
+        const uint8x16_t picked = vqtbl1q_u8(bytes, vld1q_u8(plan->shuffle[half]));
+        const int32x4_t down = vnegq_s32(vld1q_s32(plan->shift + 4 * half));
+        int32x4_t v = vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_u8(picked), down));
+        v = vminq_s32(vandq_s32(v, vdupq_n_s32(mask)), vdupq_n_s32(plan->last));
+        vst1q_s32(offset + 4 * half, vmulq_n_s32(v, plan->row_bytes));
+    }
+#else
+    for (int i = 0; i < GROUP; i++) {
+        const uint8_t *at = source + i * plan->bits / 8;
+        const int32_t three = at[0] | at[1] << 8 | (i * plan->bits / 8 < 14 ? at[2] << 16 : 0);
+        const int32_t index = three >> plan->shift[i] & mask;
+        offset[i] = (index < plan->last ? index : plan->last) * plan->row_bytes;
+    }
+#endif
+}
+
+/* offset[0 .. count - 1] = table offsets of the count indices that start at source. Writes up to
+ * seven more, all of them offsets inside the table. */
+static void unpack_offsets(const span_plan *plan, const uint8_t *source, ptrdiff_t count,
+                           int32_t *offset)
+{
+    for (ptrdiff_t i = 0; i < count; i += GROUP, source += plan->bits, offset += GROUP) {
+        const ptrdiff_t left = plan->end - source;
+        if (left >= GROUP_BYTES) {
+            unpack_group(plan, source, offset);
+        } else {
+            uint8_t padded[GROUP_BYTES] = {0};
+            memcpy(padded, source, (size_t)left);
+            unpack_group(plan, padded, offset);
+        }
+    }
+}
+
+/* Widen four or eight int8 to float. */
+PLLM_INLINE void widen4(const int8_t *source, float *target)
+{
+#if defined(PLLM_ISA_AVX2) || (defined(PLLM_ISA_AVX512) && !defined(PLLM_SIMDE))
+    int32_t four;
+    memcpy(&four, source, sizeof four);
+    _mm_storeu_ps(target, _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(four))));
+#elif VF_WIDTH == 4
+    vf_store(target, vf_load_i8(source));
+#else
+    for (int i = 0; i < 4; i++)
+        target[i] = (float)source[i];
+#endif
+}
+
+PLLM_INLINE void widen8(const int8_t *source, float *target)
+{
+#if defined(PLLM_ISA_AVX2)
+    vf_store(target, vf_load_i8(source));
+#elif defined(PLLM_ISA_AVX512) && !defined(PLLM_SIMDE)
+    const __m128i eight = _mm_loadl_epi64((const __m128i *)(const void *)source);
+    _mm256_storeu_ps(target, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)));
+#else
+    widen4(source, target);
+    widen4(source + 4, target + 4);
+#endif
+}
+
+/* Widens d int8 to float; reads and writes exactly d, awkward sizes in overlapping pieces. */
+PLLM_INLINE void widen(const int8_t *source, float *target, int d)
+{
+    if (d >= 8) {
+        widen8(source, target);
+        if (d > 8)
+            widen8(source + d - 8, target + d - 8);
+    } else if (d >= 4) {
+        widen4(source, target);
+        if (d > 4)
+            widen4(source + d - 4, target + d - 4);
+    } else {
+        for (int i = 0; i < d; i++)
+            target[i] = (float)source[i];
+    }
+}
+
+#define SPAN_SIZES(X) \
+    X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16)
+
+/* target (count, D) = table rows at the given offsets. */
+#define SPAN_FUNCTIONS(D)                                                                         \
+    static void gather_f32_##D(const char *table, const int32_t *offset, ptrdiff_t count,         \
+                               float *target)                                                     \
+    {                                                                                             \
+        for (ptrdiff_t i = 0; i < count; i++)                                                     \
+            memcpy(target + i * D, table + offset[i], D * sizeof(float));                         \
+    }                                                                                             \
+    static void gather_i8_##D(const char *table, const int32_t *offset, ptrdiff_t count,          \
+                              float *target)                                                      \
+    {                                                                                             \
+        for (ptrdiff_t i = 0; i < count; i++)                                                     \
+            widen((const int8_t *)table + offset[i], target + i * D, D);                          \
+    }
+SPAN_SIZES(SPAN_FUNCTIONS)
+#undef SPAN_FUNCTIONS
+
+typedef void gather_fn(const char *table, const int32_t *offset, ptrdiff_t count, float *target);
+
+static gather_fn *const gather_functions[2][PLLM_MAX_SUBVECTOR] = {
+#define SPAN_ENTRY(D) gather_f32_##D,
+    {SPAN_SIZES(SPAN_ENTRY)},
+#undef SPAN_ENTRY
+#define SPAN_ENTRY(D) gather_i8_##D,
+    {SPAN_SIZES(SPAN_ENTRY)},
+#undef SPAN_ENTRY
+};
+
+enum { OFFSETS = 64 }; /* indices unpacked at a time, a multiple of GROUP */
+
+/* target (count, d) = the codec's values of the count sub-vectors whose indices start at source,
+ * without the table's factor. */
+static void decode_span(const span_plan *plan, const uint8_t *source, ptrdiff_t count,
+                        float *target)
+{
+    gather_fn *const gather = gather_functions[plan->is_int8][plan->d - 1];
+    int32_t offset[OFFSETS];
+    for (ptrdiff_t i = 0; i < count; i += OFFSETS) {
+        const ptrdiff_t part = count - i < OFFSETS ? count - i : OFFSETS;
+        unpack_offsets(plan, source + i / GROUP * plan->bits, part, offset);
+        gather(plan->table, offset, part, target + i * plan->d);
+    }
+}
+
+#endif

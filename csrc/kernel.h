@@ -1,0 +1,51 @@
+/* kernel.h - included by every kernel body: the API, the vector layer, the functions of the
+ * instruction set this file is being compiled for, and the allocation of scratch memory. */
+#ifndef PLLM_KERNEL_H
+#define PLLM_KERNEL_H
+
+#include <stdlib.h>
+
+#include "pllm.h"
+#include "simd.h"
+
+#if defined(PLLM_ISA_AVX512)
+#define PLLM_SYM(name) name##_avx512
+#define PLLM_ISA_NAME "avx512"
+#elif defined(PLLM_ISA_AVX2)
+#define PLLM_SYM(name) name##_avx2
+#define PLLM_ISA_NAME "avx2"
+#elif defined(PLLM_ISA_NEON)
+#define PLLM_SYM(name) name##_neon
+#define PLLM_ISA_NAME "neon"
+#else
+#define PLLM_SYM(name) name##_scalar
+#define PLLM_ISA_NAME "scalar"
+#endif
+
+/* Bodies call each other directly, e.g. PLLM_SYM(pllm_search_slice)(...). */
+#define PLLM_DECLARE(name) pllm_##name##_fn PLLM_SYM(pllm_##name);
+PLLM_ALL_KERNELS(PLLM_DECLARE)
+#undef PLLM_DECLARE
+
+/* Full unrolling of the loop that follows; its trip count is a compile-time constant. */
+#if defined(__clang__)
+#define PLLM_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define PLLM_UNROLL _Pragma("GCC unroll 16")
+#endif
+#define PLLM_INLINE static inline __attribute__((always_inline))
+
+/* Uninitialised memory on a 64-byte boundary, or NULL. Release with free(). */
+static inline void *pllm_alloc(size_t bytes)
+{
+    if (bytes > (size_t)PTRDIFF_MAX - 64)
+        return NULL;
+    return aligned_alloc(64, bytes ? (bytes + 63) / 64 * 64 : 64);
+}
+
+static inline float *pllm_alloc_floats(size_t count)
+{
+    return count > (size_t)PTRDIFF_MAX / sizeof(float) ? NULL : pllm_alloc(count * sizeof(float));
+}
+
+#endif
