@@ -1,0 +1,63 @@
+# `make` alone builds the extension in place. Everything that CI does is a target here or in
+# csrc/tests; PYTHON names the interpreter of the virtual environment.
+PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+python := $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
+sanitized := build/sanitized
+elsewhere := build/elsewhere
+# Test files that need only NumPy and the extension carry this marker: torch is not sanitized.
+kernel_tests = $(abspath $(shell grep -lE 'pytest\.mark\.kernels' tests/test_*.py))
+
+.PHONY: build test lint check warnings ctest asan neon avx512 sanitize wheel-test clean
+
+build:
+	$(python) setup.py -q build_ext --inplace
+
+test: build
+	$(python) -m pytest
+
+lint:
+	$(python) -m ruff check .
+	$(python) -m mypy
+
+ctest:
+	$(MAKE) -C csrc/tests check
+
+asan neon avx512:
+	$(MAKE) -C csrc/tests $@
+
+check: lint ctest test
+
+# The whole extension by two compilers, every warning an error.
+warnings:
+	for compiler in gcc clang; do \
+	    CC=$$compiler POCKETLLM_WERROR=1 $(python) setup.py -q build_ext \
+	        --build-lib build/$$compiler --build-temp build/$$compiler-objects || exit 1; done
+
+# The extension under the address and undefined-behaviour sanitizers, each instruction set in turn.
+sanitize:
+	rm -rf $(sanitized)
+	POCKETLLM_SANITIZE=address,undefined $(python) setup.py -q build \
+	    --build-base $(sanitized)-objects --build-lib $(sanitized)
+	cd $(sanitized) && $(sanitizers) $(python) -c "import pocketllm, pathlib; \
+	    assert pathlib.Path(pocketllm.__file__).is_relative_to(pathlib.Path.cwd())"
+	cd $(sanitized) && for isa in $$($(sanitizers) $(python) -c \
+	    "from pocketllm import kernels; print(*kernels.available_isas())"); do \
+	    echo "sanitized, POCKETLLM_ISA=$$isa"; \
+	    POCKETLLM_ISA=$$isa $(sanitizers) $(python) -m pytest -q -p no:cacheprovider \
+	        -c $(abspath pyproject.toml) -m kernels $(kernel_tests) || exit 1; done
+
+sanitizers = LD_PRELOAD=$$(gcc -print-file-name=libasan.so) PYTHONMALLOC=malloc \
+    PYTHONPATH=$(abspath $(sanitized)) ASAN_OPTIONS=detect_leaks=0 \
+    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+
+# A wheel made from the source distribution works away from this folder and has all its data files.
+wheel-test:
+	rm -rf $(elsewhere)
+	$(python) setup.py -q sdist -d $(elsewhere)/dist
+	$(python) -m pip wheel -q --no-deps --no-build-isolation -w $(elsewhere)/dist $(elsewhere)/dist/*.tar.gz
+	$(python) -m pip install -q --no-deps --target $(elsewhere)/site $(elsewhere)/dist/*.whl
+	cd $(elsewhere) && PYTHONPATH=$(abspath $(elsewhere)/site) $(python) $(abspath tools/check_install.py) site
+
+clean:
+	rm -rf build dist *.egg-info pocketllm/*.so
+	$(MAKE) -C csrc/tests clean

@@ -1,0 +1,7 @@
+"""``python -m pocketllm``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
