@@ -16,11 +16,10 @@ _HOME = {
     "CheckpointError": "errors",
     "PocketLinear": "linear",
     "PocketEmbedding": "linear",
-    "compress": "compress",
-    "plan": "compress",
+    "compress": "compressor",
+    "plan": "compressor",
     "open_checkpoint": "checkpoint",
     "decompress": "checkpoint",
-    "evaluate": "evaluate",
     "show_config": "kernels",
 }
 __all__ = [*_HOME, "kernels", "__version__"]

@@ -18,8 +18,8 @@ MAX_SUBVECTOR = 16
 MAX_CODEBOOK = 65536
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Published settings (arXiv 2511.17637): RLN inside, h = 16, K = 2^15, lambda = 0.5; the ratio in
-    # the name is the paper's own, against fp32.
+    # Published settings (arXiv 2511.17637): RLN inside, h = 16, lambda = 0.5; the ratio in the name
+    # is the paper's own, against fp32.
     "paper-8x": {"subvector": 4, "codebook": 32768, "norm": "rln", "table_dtype": "float16"},
     "paper-10x": {"subvector": 4, "codebook": 4096, "norm": "rln", "table_dtype": "float16"},
     "paper-16x": {"subvector": 8, "codebook": 32768, "norm": "rln", "table_dtype": "float16"},
@@ -31,8 +31,8 @@ class PocketConfig:
     """Settings of one compression.
 
     Size: give one of ``bits`` (bits per weight of the compressed tensors, everything included),
-    ``target_size`` (bytes of all weight files), or ``subvector`` with ``codebook`` (an exact shape).
-    With none of them, ``bits=3``.
+    ``target_size`` (bytes of all weight files), or ``subvector`` with ``codebook`` (an exact
+    shape). With none of them, ``bits=3``.
 
     Attributes:
         bits: target bits per weight over the compressed tensors, codecs and scales included.
@@ -40,13 +40,13 @@ class PocketConfig:
         subvector: d, values per sub-vector, 1 to 16.
         codebook: K, codewords, 2 to 65536.
         hidden: h, width of the codec's hidden layer (paper: 16).
-        norm: ``"input"`` (RLN at the input, decoder folds to a table), ``"ln"`` (layer norm over the
-            sub-vector, folds too) or ``"rln"`` (RLN inside encoder and decoder, the published form).
+        norm: ``"input"`` (RLN at the input, decoder folds to a table), ``"ln"`` (layer norm over
+            the sub-vector, folds too) or ``"rln"`` (RLN inside, the published form).
         share: which tensors share one codec: ``"tensor"``, ``"type"`` (same role in every layer),
-            ``"model"``, or ``"auto"`` (the smallest unit for which the codec stays a small part of
-            the indices' bits).
-        table_dtype: storage of the folded table, ``"int8"`` or ``"float16"``; ``"auto"`` is int8 for
-            tables and float16 for codebooks that need their decoder.
+            ``"model"``, or ``"auto"`` (by type when the codec stays a small part of the indices'
+            bits, by model otherwise).
+        table_dtype: storage of the folded table, ``"int8"`` or ``"float16"``; ``"auto"`` is int8.
+            A codebook that needs its decoder is float16.
         row_scale: keep one scale a row. Without it (and with ``norm="rln"``) the codec is the
             published form to the letter; see docs/METHOD.md for what that costs.
         row_shift: keep the row's mean as well as its scale.
@@ -109,7 +109,9 @@ class PocketConfig:
         for name in ("learning_rate", "codebook_loss"):
             _check_positive(name, getattr(self, name))
         if self.norm == "rln" and self.table_dtype == "int8":
-            raise PocketError('table_dtype: "int8" needs a foldable norm ("input" or "ln"), got norm "rln"')
+            raise PocketError(
+                'table_dtype: "int8" needs a foldable norm ("input" or "ln"), got norm "rln"'
+            )
         if not self.row_scale and self.row_shift:
             raise PocketError("row_shift: needs row_scale=True")
 
@@ -146,7 +148,9 @@ class PocketConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise PocketError(f"config: unknown setting {unknown[0]!r}, known are {', '.join(sorted(known))}")
+            raise PocketError(
+                f"config: unknown setting {unknown[0]!r}, known are {', '.join(sorted(known))}"
+            )
         return cls(**values)
 
     @classmethod
@@ -156,11 +160,15 @@ class PocketConfig:
             with open(path, encoding="utf-8") as handle:
                 values = json.load(handle)
         except OSError as error:
-            raise PocketError(f"config: cannot read {os.fspath(path)!r}: {error.strerror}") from error
+            raise PocketError(
+                f"config: cannot read {os.fspath(path)!r}: {error.strerror}"
+            ) from error
         except ValueError as error:
             raise PocketError(f"config: {os.fspath(path)!r} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
-            raise PocketError(f"config: {os.fspath(path)!r} holds {type(values).__name__}, want an object")
+            raise PocketError(
+                f"config: {os.fspath(path)!r} holds {type(values).__name__}, want an object"
+            )
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,10 +178,19 @@ class PocketConfig:
 
 def _check_integer(name: str, value: Any, low: int, high: int | None) -> None:
     wanted = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < low
+        or (high is not None and value > high)
+    ):
         raise PocketError(f"{name}: got {value!r}, want {wanted}")
 
 
 def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (value > 0 and math.isfinite(value))
+    ):
         raise PocketError(f"{name}: got {value!r}, want a positive number")

@@ -78,11 +78,13 @@ def subvector_count(columns: int, subvector: int) -> int:
 
 
 def role_of(name: str) -> str:
-    """The module's name without its layer numbers: ``model.layers.3.mlp.up_proj`` -> ``model.layers.mlp.up_proj``."""
+    """The name without layer numbers: ``layers.3.mlp.up_proj`` -> ``layers.mlp.up_proj``."""
     return re.sub(r"\.\d+(?=\.|$)", "", name)
 
 
-def normalise(weight: np.ndarray, subvector: int, *, row_scale: bool = True, row_shift: bool = False) -> Rows:
+def normalise(
+    weight: np.ndarray, subvector: int, *, row_scale: bool = True, row_shift: bool = False
+) -> Rows:
     """Cut a matrix into sub-vectors and normalise its rows.
 
     Args:
@@ -99,7 +101,9 @@ def normalise(weight: np.ndarray, subvector: int, *, row_scale: bool = True, row
     """
     rows, columns = weight.shape
     if not np.isfinite(weight).all():
-        raise PocketError(f"weight: {np.count_nonzero(~np.isfinite(weight))} of {weight.size} values are NaN or Inf")
+        raise PocketError(
+            f"weight: {np.sum(~np.isfinite(weight))} of {weight.size} values are NaN or Inf"
+        )
     length = subvector_count(columns, subvector) * subvector
     values = np.zeros((rows, length), np.float32)
     body = values[:, :columns]
@@ -117,7 +121,9 @@ def normalise(weight: np.ndarray, subvector: int, *, row_scale: bool = True, row
     return Rows(values, scale, shift)
 
 
-def denormalise(values: np.ndarray, columns: int, scale: np.ndarray, shift: np.ndarray | None) -> np.ndarray:
+def denormalise(
+    values: np.ndarray, columns: int, scale: np.ndarray, shift: np.ndarray | None
+) -> np.ndarray:
     """The matrix (out, in) float32 that normalised rows (out, L*d) stand for."""
     weight = values[:, :columns] * scale.astype(np.float32)[:, None]
     if shift is not None:
@@ -131,7 +137,9 @@ def matrix_of(module: nn.Module, kind: str) -> np.ndarray:
     return np.ascontiguousarray(weight.T) if kind == "conv1d" else weight
 
 
-def walk(model: nn.Module, *, embeddings: bool, skip: Iterable[str] = ()) -> tuple[list[Target], list[Dense]]:
+def walk(
+    model: nn.Module, *, embeddings: bool, skip: Iterable[str] = ()
+) -> tuple[list[Target], list[Dense]]:
     """What of a causal LM is compressed, in module order, and which large parameters are not.
 
     Args:
@@ -164,7 +172,13 @@ def walk(model: nn.Module, *, embeddings: bool, skip: Iterable[str] = ()) -> tup
                 shape = (int(weight.shape[0]), int(weight.shape[1]))
                 targets.append(Target(name, "tied" if tie else kind, shape, role_of(name), tie))
             elif id(weight) not in taken:
-                dense.append(Dense(f"{name}.weight", weight.numel(), "embedding or head; compress it with --embeddings on"))
+                dense.append(
+                    Dense(
+                        f"{name}.weight",
+                        weight.numel(),
+                        "embedding or head; compress it with --embeddings on",
+                    )
+                )
         elif weight.numel() == 0:
             dense.append(Dense(f"{name}.weight", 0, "empty"))
         else:
@@ -194,5 +208,7 @@ def _matches(name: str, patterns: list[str]) -> bool:
 
 def _float16(values: np.ndarray, what: str) -> np.ndarray:
     if values.size and np.abs(values).max() > FLOAT16_MAX:
-        raise PocketError(f"weight: a row's {what} is {np.abs(values).max():.3g}, more than float16 holds (65504)")
+        raise PocketError(
+            f"weight: a row's {what} is {np.abs(values).max():.3g}, more than float16 holds (65504)"
+        )
     return values.astype(np.float16)

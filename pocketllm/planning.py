@@ -1,0 +1,250 @@
+"""What a compression will do before it does it: shapes, codecs, size, time and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .allocate import LADDER, Shape, allocate, codec_bits, payload_bits
+from .config import PocketConfig
+from .errors import PocketError
+from .layout import Dense, Target, subvector_count, walk
+from .schema import CodecSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DEFAULT_BITS = 3.0
+WINDOW = 512
+# A codec is shared by every layer's tensor of one role when its stored bits stay below this share
+# of the bits of their indices, and by the whole model otherwise.
+CODEC_SHARE = 0.02
+# Bytes of a safetensors header entry and of its checksum, besides twice the tensor's name.
+ENTRY_BYTES = 140
+
+
+@dataclasses.dataclass
+class Plan:
+    """A compression's decisions and predictions.
+
+    Attributes:
+        targets: matrices to compress.
+        dense: matrix-shaped parameters that stay dense, with reasons.
+        codecs: codec name -> specification.
+        codec_of: target name -> codec name.
+        dense_bytes: bytes of everything stored as it is.
+        bytes: predicted size of all weight files.
+        bytes_bf16: size of the dense model's weights in bf16, tied matrices once.
+        bits_per_weight: predicted, over the compressed matrices, codecs and scales included.
+        seconds: predicted wall time, or None before ``predict_time``.
+        memory: predicted peak memory in bytes.
+    """
+
+    targets: list[Target]
+    dense: list[Dense]
+    codecs: dict[str, CodecSpec]
+    codec_of: dict[str, str]
+    dense_bytes: int
+    bytes: int
+    bytes_bf16: int
+    bits_per_weight: float
+    memory: int
+    seconds: float | None = None
+
+    @property
+    def weights(self) -> int:
+        """Weights the compressed matrices represent."""
+        return sum(t.weights for t in self.targets)
+
+
+def make_plan(model: nn.Module, config: PocketConfig) -> Plan:
+    """Decide what is compressed, with which codecs, and predict the size.
+
+    Raises:
+        PocketError: nothing to compress, or a size that cannot be met.
+    """
+    targets, dense = walk(model, embeddings=config.embeddings, skip=config.modules_to_not_convert)
+    weights = sum(t.weights for t in targets)
+    if not weights:
+        raise PocketError("model: no linear layer to compress was found in it")
+    dense_bytes, bytes_bf16 = _dense_bytes(model, targets)
+    if config.codebook is not None:
+        assert config.subvector is not None
+        shapes = {t.name: Shape(config.subvector, config.codebook) for t in targets}
+    else:
+        budget = _budget_bits(config, targets, dense_bytes)
+        shapes = _allocate(config, targets, budget)
+    codecs, codec_of = _codecs(config, targets, shapes)
+    bits = sum(map(codec_bits, codecs.values())) + sum(
+        payload_bits(t, shapes[t.name], row_scale=config.row_scale, row_shift=config.row_shift)
+        for t in targets
+    )
+    return Plan(
+        targets=targets,
+        dense=dense,
+        codecs=codecs,
+        codec_of=codec_of,
+        dense_bytes=dense_bytes,
+        bytes=dense_bytes + bits // 8 + _entry_bytes(targets),
+        bytes_bf16=bytes_bf16,
+        bits_per_weight=bits / weights,
+        memory=_memory(model, config, targets),
+    )
+
+
+def predict_time(plan: Plan, config: PocketConfig) -> float:
+    """Predicted seconds of the compression on this machine, from short measurements of its kernels."""
+    search = _seconds_per_search_unit()
+    sub_vectors = dict.fromkeys(plan.codecs, 0)
+    for target in plan.targets:
+        if not target.tied_to:
+            name = plan.codec_of[target.name]
+            sub_vectors[name] += target.shape[0] * subvector_count(
+                target.shape[1], plan.codecs[name].subvector
+            )
+    seconds = 1.0
+    for name, spec in plan.codecs.items():
+        # Training and k-means search the sub-vectors (a capped sample) a few dozen times.
+        trained = min(sub_vectors[name], 2**18) * 40
+        seconds += search * (trained + sub_vectors[name]) * spec.codebook * spec.subvector
+    if config.calibration is not None:
+        tokens = config.calibration_windows * WINDOW
+        seconds += 6 * plan.weights * tokens / _matmul_flops()
+        seconds += sum(2 * t.weights * t.shape[1] for t in plan.targets) / _matmul_flops()
+    return seconds
+
+
+def _spec(config: PocketConfig, shape: Shape, name: str = "") -> CodecSpec:
+    storage = "table-float16" if config.table_dtype == "float16" else "table-int8"
+    if config.norm == "rln":
+        storage = "decoder"
+    return CodecSpec(name, shape.subvector, shape.codewords, config.hidden, config.norm, storage)
+
+
+def _dense_bytes(model: nn.Module, targets: list[Target]) -> tuple[int, int]:
+    compressed = {id(model.get_submodule(t.name).weight) for t in targets}
+    kept, bf16, seen = 0, 0, set()
+    for parameter in model.parameters():
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        bf16 += 2 * parameter.numel()
+        if id(parameter) not in compressed:
+            kept += parameter.numel() * parameter.element_size()
+    return kept, bf16
+
+
+def _entry_bytes(targets: list[Target]) -> int:
+    return 4096 + sum(2 * (2 * len(t.name) + ENTRY_BYTES) for t in targets)
+
+
+def _budget_bits(config: PocketConfig, targets: list[Target], dense_bytes: int) -> float:
+    weights = sum(t.weights for t in targets)
+    if config.target_size is None:
+        return (config.bits if config.bits is not None else DEFAULT_BITS) * weights
+    room = config.target_size - dense_bytes - _entry_bytes(targets)
+    if room <= 0:
+        hint = "" if config.embeddings else ": compress the embeddings too (--embeddings on)"
+        raise PocketError(
+            f"target_size: {config.target_size:,} bytes cannot be met, "
+            f"what stays dense takes {dense_bytes:,}{hint}"
+        )
+    return 8.0 * room
+
+
+def _group_names(config: PocketConfig, targets: list[Target], shape: Shape) -> dict[str, str]:
+    share = config.share
+    if share == "auto":
+        index_bits: dict[str, float] = {}
+        for target in targets:
+            index_bits[target.role] = index_bits.get(target.role, 0.0) + target.weights * shape.rate
+        smallest = min(bits for bits in index_bits.values() if bits)
+        share = "type" if codec_bits(_spec(config, shape)) <= CODEC_SHARE * smallest else "model"
+    if share == "model":
+        return {t.name: "shared" for t in targets}
+    if share == "type":
+        return {t.name: t.role.replace(".", "_") for t in targets}
+    return {t.name: t.name.replace(".", "_") for t in targets}
+
+
+def _allocate(config: PocketConfig, targets: list[Target], budget: float) -> dict[str, Shape]:
+    weights = sum(t.weights for t in targets)
+    fitting = [s for s in LADDER if s.rate <= budget / weights]
+    likely = max(fitting, key=lambda s: s.rate) if fitting else LADDER[0]
+    groups = _group_names(config, targets, likely)
+    return allocate(
+        targets,
+        budget,
+        spec_of=lambda shape: _spec(config, shape),
+        row_scale=config.row_scale,
+        row_shift=config.row_shift,
+        group_of=groups,
+    )
+
+
+def _codecs(
+    config: PocketConfig, targets: list[Target], shapes: dict[str, Shape]
+) -> tuple[dict[str, CodecSpec], dict[str, str]]:
+    codecs: dict[str, CodecSpec] = {}
+    codec_of: dict[str, str] = {}
+    sub_vectors: dict[str, int] = {}
+    largest = max(shapes.values(), key=lambda s: s.codewords * s.subvector)
+    groups = _group_names(config, targets, largest)
+    for target in targets:
+        shape = shapes[target.name]
+        name = f"{groups[target.name]}_d{shape.subvector}k{shape.codewords}"
+        codecs[name] = _spec(config, shape, name)
+        codec_of[target.name] = name
+        rows, columns = target.shape
+        if not target.tied_to:
+            sub_vectors[name] = sub_vectors.get(name, 0) + rows * subvector_count(
+                columns, shape.subvector
+            )
+    for name, count in sub_vectors.items():
+        if codecs[name].codebook > count:
+            raise PocketError(
+                f"codebook: {codecs[name].codebook} codewords for {count} sub-vectors of {name}: "
+                'take a smaller codebook, shorter sub-vectors, or share one codec (share="model")'
+            )
+    return codecs, codec_of
+
+
+def _memory(model: nn.Module, config: PocketConfig, targets: list[Target]) -> int:
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    largest = max(t.shape[0] * t.shape[1] for t in targets)
+    total = stored + 5 * 4 * largest + 400 * 2**20
+    if config.calibration is not None:
+        hidden = model.config.hidden_size
+        total += config.calibration_windows * WINDOW * hidden * 4
+        total += 4 * sum(c * c for c in {t.shape[1] for t in targets}) * 4
+    return total
+
+
+def _seconds_per_search_unit() -> float:
+    """Seconds of one (query x codeword x dimension) of the nearest-codeword search."""
+    from . import kernels
+
+    generator = np.random.default_rng(0)
+    queries = generator.standard_normal((16384, 4), np.float32)
+    codebook = generator.standard_normal((1024, 4), np.float32)
+    return _fastest(lambda: kernels.nearest(queries, codebook)) / (queries.size * len(codebook))
+
+
+def _matmul_flops() -> float:
+    import torch
+
+    a = torch.ones(512, 512)
+    return 2 * 512**3 / _fastest(lambda: a @ a)
+
+
+def _fastest(call) -> float:  # type: ignore[no-untyped-def]
+    call()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return max(min(times), 1e-9)

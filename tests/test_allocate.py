@@ -1,0 +1,110 @@
+"""The allocation meets its budget, spends it where it helps, and says when it cannot."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from pocketllm.allocate import (
+    LADDER,
+    Shape,
+    allocate,
+    codec_bits,
+    payload_bits,
+    predicted_error,
+)
+from pocketllm.errors import PocketError
+from pocketllm.layout import Target
+from pocketllm.schema import CodecSpec
+
+
+def spec_of(shape: Shape) -> CodecSpec:
+    return CodecSpec("c", shape.subvector, shape.codewords, 16, "input", "table-int8")
+
+
+def model_targets() -> list[Target]:
+    targets = []
+    for layer in range(4):
+        for role, shape in (("q", (256, 256)), ("up", (768, 256)), ("down", (256, 766))):
+            targets.append(Target(f"layers.{layer}.{role}", "linear", shape, f"layers.{role}"))
+    return [
+        *targets,
+        Target("embed", "embedding", (1000, 256), "embed"),
+        Target("head", "tied", (1000, 256), "head", "embed"),
+    ]
+
+
+def total_bits(targets: list[Target], shapes: dict[str, Shape]) -> int:
+    payload = sum(payload_bits(t, shapes[t.name], row_scale=True, row_shift=False) for t in targets)
+    return payload + sum(codec_bits(spec_of(s)) for s in set(shapes.values()))
+
+
+@pytest.mark.parametrize("bits", [0.7, 1.1, 2.0, 2.37, 3.0, 3.4, 4.0, 5.1, 8.0])
+def test_budget_is_met_and_used(bits: float) -> None:
+    targets = model_targets()
+    weights = sum(t.weights for t in targets)
+    shapes = allocate(
+        targets,
+        bits * weights,
+        spec_of=spec_of,
+        group_of=dict.fromkeys([t.name for t in targets], "g"),
+    )
+    spent = total_bits(targets, shapes) / weights
+    assert spent <= bits
+    assert spent > bits - 0.15
+    assert shapes["head"] == shapes["embed"]
+
+
+def test_the_embedding_gets_more_bits_than_a_layer() -> None:
+    targets = model_targets()
+    weights = sum(t.weights for t in targets)
+    shapes = allocate(
+        targets,
+        3 * weights,
+        spec_of=spec_of,
+        group_of=dict.fromkeys([t.name for t in targets], "g"),
+    )
+    assert shapes["embed"].rate > max(shapes[t.name].rate for t in targets if t.kind == "linear")
+
+
+def test_an_impossible_budget_names_the_least() -> None:
+    targets = model_targets()
+    weights = sum(t.weights for t in targets)
+    groups = dict.fromkeys([t.name for t in targets], "g")
+    with pytest.raises(PocketError, match="cannot be met, the least here is") as failure:
+        allocate(targets, 0.3 * weights, spec_of=spec_of, group_of=groups)
+    least = float(str(failure.value).rsplit(" ", 1)[1])
+    allocate(targets, least * weights, spec_of=spec_of, group_of=groups)
+
+
+def test_index_bits_and_payload() -> None:
+    assert [Shape(4, k).index_bits for k in (2, 3, 4, 255, 256, 257, 65536)] == [
+        1,
+        2,
+        2,
+        8,
+        8,
+        9,
+        16,
+    ]
+    target = Target("t", "linear", (3, 10), "t")
+    # 3 sub-vectors of 4 -> 3 indices of 5 bits -> 2 bytes a row, and a float16 scale.
+    assert payload_bits(target, Shape(4, 32), row_scale=True, row_shift=True) == 3 * (16 + 32)
+
+
+def test_predicted_errors_fall_with_the_rate() -> None:
+    errors = [predicted_error(s) for s in sorted(LADDER, key=lambda s: s.rate)]
+    assert all(a > b for a, b in zip(errors, errors[1:], strict=False))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(20000)
+    # Lloyd's algorithm from the best point density of a Gaussian, p^(1/3): a Gaussian of variance 3.
+    levels = np.array([NormalDist(0, 3**0.5).inv_cdf((k + 0.5) / 128) for k in range(128)])
+    for _ in range(5):
+        nearest = np.abs(x[:, None] - levels).argmin(1)
+        used = np.bincount(nearest, minlength=128)
+        sums = np.bincount(nearest, weights=x, minlength=128)
+        levels = np.where(used > 0, sums / np.maximum(used, 1), levels)
+    measured = np.square(x - levels[np.abs(x[:, None] - levels).argmin(1)]).mean()
+    assert 0.8 < measured / predicted_error(Shape(1, 128)) < 1.2
