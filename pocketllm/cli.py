@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_usage(arguments)
     debug = os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     try:
-        command = getattr(import_module(".commands", __package__), arguments.command)
+        command = getattr(import_module(".commands", __package__), f"run_{arguments.command}")
         command(arguments)
         sys.stdout.flush()
         return 0
@@ -97,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="pocketllm",
         description="Compress Hugging Face language models and run them from the packed form.",
         epilog="`pocketllm COMMAND --help` tells more about a command.",
+        formatter_class=_formatter,
     )
     parser.add_argument("--version", action="version", version=f"pocketllm {__version__}")
     commands = parser.add_subparsers(
@@ -112,13 +113,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28)
+
+
 def _add(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_formatter,
     )
     parser.set_defaults(usage_error=parser.error)
     return parser

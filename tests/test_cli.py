@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -45,8 +46,8 @@ def without_coverage() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("COV")}
 
 
-@pytest.mark.parametrize("command", [(), *((c,) for c in COMMANDS)], ids=lambda c: c[0] if c else "-")
-def test_help_is_instant(command: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=str)
+def test_help_is_instant(command: list[str]) -> None:
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
@@ -65,7 +66,7 @@ def test_help_is_instant(command: tuple[str, ...]) -> None:
 
 def test_help_names_every_command() -> None:
     listed = cli.build_parser().format_help()
-    assert all(f"\n    {command} " in listed for command in COMMANDS)
+    assert tuple(re.findall(r"^    (\w+)  ", listed, re.MULTILINE)) == COMMANDS
 
 
 def test_version() -> None:
@@ -126,7 +127,7 @@ def test_sizes(text: str, size: int) -> None:
     assert cli.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MB", "0", "0.1B", "-3MB", "3 XB", "3MBs", "1e6", "1.2.3", "i"])
+@pytest.mark.parametrize("text", "|MB|0|0.1B|-3MB|3 XB|3MBs|1e6|1.2.3|i".split("|"))
 def test_sizes_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="300MB"):
         cli.parse_size(text)

@@ -1,0 +1,238 @@
+"""What each command does. Heavy imports stay inside the functions: a command pays for its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import text
+from .config import PRESETS, PocketConfig
+from .errors import PocketError
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .planning import Plan
+
+# A tensor with at least this share of the weight files is named when it stays dense.
+LARGE_SHARE = 0.01
+SIZE_SETTINGS = ("bits", "target_size", "subvector", "codebook")
+
+
+def config_from(arguments: argparse.Namespace) -> PocketConfig:
+    """The settings that options and ``--config`` ask for; an option wins over the file.
+
+    A size given as an option replaces every size setting of the file.
+
+    Raises:
+        PocketError: unreadable file, unknown setting, or a value out of range.
+    """
+    values: dict[str, Any] = {}
+    if arguments.config:
+        values = PocketConfig.from_file(arguments.config).to_dict()
+    size = {
+        name: getattr(arguments, name)
+        for name in SIZE_SETTINGS
+        if getattr(arguments, name) is not None
+    }
+    if arguments.preset:
+        size = PRESETS[arguments.preset]
+    if size:
+        values = {k: v for k, v in values.items() if k not in SIZE_SETTINGS} | size
+    if arguments.embeddings is not None:
+        values["embeddings"] = arguments.embeddings == "on"
+    for name in ("calibration", "seed", "workers"):
+        if getattr(arguments, name) is not None:
+            values[name] = getattr(arguments, name)
+    return PocketConfig.from_dict(values)
+
+
+def write_json(path: str | None, values: dict[str, Any]) -> None:
+    """Write figures to the file that ``--json`` names, if any."""
+    if path is not None:
+        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def check_json(path: str | None) -> None:
+    """Refuse a ``--json`` that cannot be written, before the work rather than after it."""
+    if path is None:
+        return
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise PocketError(f"--json: no folder {folder} to write {Path(path).name} into")
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise PocketError(f"--json: {path} cannot be written")
+
+
+def run_compress(arguments: argparse.Namespace) -> None:
+    """Compress a model, or with ``--dry-run`` say what that would take."""
+    from .compressor import compress, plan
+
+    config = config_from(arguments)
+    check_json(arguments.json)
+    if arguments.dry_run:
+        planned = plan(arguments.model, config)
+        print_plan(planned)
+        write_json(arguments.json, plan_json(planned))
+        return
+    result = compress(arguments.model, arguments.out, config, resume=arguments.resume)
+    print()
+    print(result.table())
+    write_json(arguments.json, result.to_json())
+
+
+def print_plan(plan: Plan) -> None:
+    """What a compression would do, predicted."""
+    rows = [
+        (
+            spec.name,
+            str(spec.shape.subvector),
+            f"{spec.shape.codewords:,}",
+            spec.table_dtype,
+            str(sum(plan.codec_of[t.name] == name for t in plan.targets)),
+            f"{sum(t.weights for t in plan.targets if plan.codec_of[t.name] == name):,}",
+        )
+        for name, spec in plan.codecs.items()
+    ]
+    print(text.table(("codec", "d", "K", "stored as", "tensors", "weights"), rows))
+    lines = [
+        ("memory", f"up to {text.size(plan.memory)}"),
+        ("weight files", against("bf16", plan.bytes_bf16, plan.bytes)),
+        ("bits per weight", f"{plan.bits_per_weight:.3f} over {plan.weights:,} weights"),
+    ]
+    if plan.seconds is not None:
+        lines.insert(0, ("time", f"about {text.duration(plan.seconds)}"))
+    for tensor in plan.dense:
+        lines.append(("left dense", f"{tensor.name}: {tensor.weights:,} weights, {tensor.reason}"))
+    print(f"\n{text.facts(lines)}")
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The prediction as ``--dry-run --json`` writes it."""
+    return {
+        "bits_per_weight": plan.bits_per_weight,
+        "bytes": plan.bytes,
+        "bytes_bf16": plan.bytes_bf16,
+        "seconds": plan.seconds,
+        "memory": plan.memory,
+        "tensors": [
+            {"name": t.name, "shape": list(t.shape), "codec": plan.codec_of[t.name]}
+            for t in plan.targets
+        ],
+        "dense": [
+            {"name": t.name, "weights": t.weights, "reason": t.reason} for t in plan.dense
+        ],
+    }
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    """List the tensors of a compressed folder and its totals."""
+    from .checkpoint import open_checkpoint
+
+    check_json(arguments.json)
+    checkpoint = open_checkpoint(arguments.folder, check=False)
+    rows = checkpoint.rows()
+    header = ("tensor", "kind", "shape", "codec", "bits", "bytes", "share")
+    print(text.table(header, [_inspect_row(row) for row in rows]))
+    print()
+    print_totals(checkpoint)
+    write_json(arguments.json, checkpoint.to_json())
+
+
+def _inspect_row(row: dict[str, Any]) -> list[str]:
+    return [
+        row["name"],
+        row["kind"],
+        " x ".join(map(str, row["shape"])) or "scalar",
+        row["codec"] or "-",
+        "-" if row["bits"] is None else f"{row['bits']:.3f}",
+        f"{row['bytes']:,}",
+        f"{100 * row['share']:.1f} %",
+    ]
+
+
+def print_totals(checkpoint: Checkpoint) -> None:
+    """The summary under a listing: sizes, bits per weight, and what stays dense."""
+    total = checkpoint.bytes
+    dense = sorted(checkpoint.dense.values(), key=lambda tensor: -tensor.nbytes)
+    kept = sum(tensor.nbytes for tensor in dense)
+    lines = [
+        ("weight files", against("bf16", checkpoint.bytes_bf16, total)),
+        ("", against("fp32", checkpoint.bytes_fp32, total)),
+        (
+            "bits per weight",
+            f"{checkpoint.bits_per_weight:.3f} over the {checkpoint.layout.weights:,} weights of"
+            " compressed tensors, codecs and scales included",
+        ),
+        ("left dense", f"{text.size(kept)}, {kept / total:.1%} of the files"),
+    ]
+    for tensor in dense:
+        if tensor.nbytes >= LARGE_SHARE * total:
+            share = f"{text.size(tensor.nbytes)}, {tensor.nbytes / total:.1%}"
+            lines.append(("", f"{tensor.name}: {share}"))
+    print(text.facts(lines))
+
+
+def against(dtype: str, dense: int, compressed: int) -> str:
+    """How a size compares with the dense model's in some dtype."""
+    ratio = text.times(dense, compressed)
+    return f"{text.size(compressed)}, {ratio} smaller than {dtype} ({text.size(dense)})"
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    """Read everything a compressed folder holds and check it."""
+    from .checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(arguments.folder, check=True)
+    print(
+        f"{arguments.folder}: whole: checksums, shapes and index ranges of"
+        f" {len(checkpoint.tensors)} tensors agree ({text.size(checkpoint.bytes)})"
+    )
+
+
+def run_decompress(arguments: argparse.Namespace) -> None:
+    """Write the dense model that a compressed folder stands for."""
+    from tqdm import tqdm
+
+    from .checkpoint import check_output, decompress, open_checkpoint
+
+    check_output(arguments.out)
+    total = open_checkpoint(arguments.folder, check=False).dense_bytes
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
+        decompress(arguments.folder, arguments.out, progress=bar.update)
+    print(f"{arguments.out}: dense, {text.size(total)}; transformers loads it without pocketllm")
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    """Continue a prompt, streaming the text to standard output."""
+    import torch
+    from transformers import TextStreamer
+
+    from .dense import load_tokenizer, source_folder
+
+    folder = source_folder(arguments.folder)
+    tokenizer = load_tokenizer(folder)
+    model = load_any(folder)
+    inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[1] == 0:
+        raise PocketError("--prompt: it has no tokens, give at least one character")
+    torch.manual_seed(arguments.seed)
+    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if arguments.temperature is not None:
+        sampling = {"do_sample": True, "temperature": arguments.temperature}
+    start = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs,
+            **sampling,
+            max_new_tokens=arguments.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        )
+    seconds = time.perf_counter() - start
+    added = output.shape[1] - inputs["input_ids"].shape[1]
+    print(f"{added} tokens in {seconds:.1f} s, {added / seconds:.1f} tokens/s", file=sys.stderr)
