@@ -1,0 +1,358 @@
+"""Products with a compressed matrix as PyTorch operators.
+
+``pocketllm::matmul``, ``matmul_transposed`` and ``embedding`` run the C kernels on CPU tensors and
+plain PyTorch on every other device, in row tiles: a dense weight never exists whole. A compressed
+matrix travels as the tensors of the checkpoint (docs/FORMAT.md): packed indices, row scale and
+shift, and its codec's table (or codebook and decoder).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import kernels
+from .kernels import CodecView
+
+# Weights of one row tile: what is decoded at a time outside the fused C kernels.
+TILE_WEIGHTS_CPU = 1 << 20
+TILE_WEIGHTS_DEVICE = 1 << 24
+EPSILON = 1e-5
+_MATRIX = (
+    "Tensor weight, Tensor? scale, Tensor? shift, Tensor table, Tensor? table_scale, "
+    "Tensor? decoder, int rows, int columns, int index_bits, int hidden, str norm"
+)
+
+
+class Matrix(NamedTuple):
+    """A compressed matrix (rows, columns), in the order of the operators' arguments.
+
+    Attributes:
+        weight: uint8 (rows * row stride,), packed indices.
+        scale: float16 (rows,), or None for ones.
+        shift: float16 (rows,), or None for zeros.
+        table: int8 or float16 (K, d); the codebook when there is a decoder.
+        table_scale: float32 (1,) of an int8 table, else None.
+        decoder: float16 (3 * P1,), or None.
+        rows: out.
+        columns: in.
+        index_bits: bits of an index.
+        hidden: h of the decoder.
+        norm: N of the decoder.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    table: Tensor
+    table_scale: Tensor | None
+    decoder: Tensor | None
+    rows: int
+    columns: int
+    index_bits: int
+    hidden: int
+    norm: str
+
+
+class _Arrays(NamedTuple):
+    packed: np.ndarray
+    scale: np.ndarray
+    shift: np.ndarray | None
+    codec: CodecView
+
+
+def matmul(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+    """x (n, columns) of any float dtype times the transposed matrix, plus bias.
+
+    Returns (n, rows) in x's dtype. Differentiable with respect to x; a bias that needs a gradient is to be added by the caller.
+    """
+    if _runs_directly(x) and not (x.requires_grad and torch.is_grad_enabled()):
+        return _matmul_cpu(x, matrix, bias)
+    return torch.ops.pocketllm.matmul(x, bias, *matrix)
+
+
+def embedding(index: Tensor, matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """Rows ``index`` (n,) int64 of a compressed matrix: (n, columns) in ``dtype``.
+
+    Raises:
+        IndexError: an index outside the matrix (CPU tensors).
+    """
+    if _runs_directly(index):
+        return _rows_cpu(index, matrix).to(dtype)
+    return torch.ops.pocketllm.embedding(index, *matrix).to(dtype)
+
+
+def dequantise(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The whole dense matrix (rows, columns)."""
+    dense = torch.empty(matrix.rows, matrix.columns, dtype=dtype, device=matrix.weight.device)
+    for first, last in _tiles(matrix):
+        dense[first:last] = decode_tile(matrix, first, last).to(dtype)
+    return dense
+
+
+def decode_tile(matrix: Matrix, first: int, last: int) -> Tensor:
+    """Rows ``first`` to ``last - 1``: (last - first, columns) float32."""
+    if matrix.weight.device.type == "cpu":
+        arrays = _arrays(matrix)
+        values = kernels.decode_rows(
+            arrays.packed,
+            matrix.columns,
+            first,
+            last - first,
+            arrays.codec,
+            arrays.scale,
+            arrays.shift,
+        )
+        return torch.from_numpy(values)
+    return decode_rows_torch(matrix, torch.arange(first, last, device=matrix.weight.device))
+
+
+def _runs_directly(tensor: Tensor) -> bool:
+    # The operators' dispatch costs as much as a small product: plain CPU tensors go without it.
+    return (
+        type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    )
+
+
+def _tiles(matrix: Matrix) -> Iterator[tuple[int, int]]:
+    weights = TILE_WEIGHTS_CPU if matrix.weight.device.type == "cpu" else TILE_WEIGHTS_DEVICE
+    step = max(1, weights // matrix.columns)
+    for first in range(0, matrix.rows, step):
+        yield first, min(first + step, matrix.rows)
+
+
+# ---- CPU: the C kernels -----------------------------------------------------------------------
+
+
+def _matmul_cpu(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+    if not x.shape[0]:
+        return x.new_empty(0, matrix.rows)
+    arrays = _arrays(matrix)
+    values = x.detach().float().contiguous().numpy()
+    addend = None if bias is None else bias.detach().float().contiguous().numpy()
+    product = kernels.matmul(
+        values, arrays.packed, matrix.rows, arrays.codec, arrays.scale, arrays.shift, addend
+    )
+    return torch.from_numpy(product).to(x.dtype)
+
+
+def _rows_cpu(index: Tensor, matrix: Matrix) -> Tensor:
+    arrays = _arrays(matrix)
+    rows = index.detach().contiguous().numpy()
+    if rows.size and not (rows.min() >= 0 and rows.max() < matrix.rows):
+        raise IndexError(f"index: got {rows.min()} to {rows.max()}, want 0 to {matrix.rows - 1}")
+    return torch.from_numpy(
+        kernels.decode_row_list(
+            arrays.packed, matrix.columns, rows, arrays.codec, arrays.scale, arrays.shift
+        )
+    )
+
+
+class _TensorCache:
+    """Values made from a tensor and others, until that tensor dies or any of them changes."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], Any]] = {}
+
+    def get(self, tensor: Tensor, stamp: tuple[Any, ...]) -> Any:
+        """The value, or None."""
+        entry = self._entries.get(id(tensor))
+        return (
+            entry[2] if entry is not None and entry[0]() is tensor and entry[1] == stamp else None
+        )
+
+    def put(self, tensor: Tensor, stamp: tuple[Any, ...], value: Any) -> None:
+        """Keep a value."""
+        key, entries = id(tensor), self._entries
+
+        def forget(dead: weakref.ref[Tensor]) -> None:
+            if key in entries and entries[key][0] is dead:
+                del entries[key]
+
+        entries[key] = (weakref.ref(tensor, forget), stamp, value)
+
+
+_matrices = _TensorCache()
+_codecs = _TensorCache()
+
+
+def _stamp(tensor: Tensor | None) -> tuple[int, int] | None:
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _arrays(matrix: Matrix) -> _Arrays:
+    """The matrix as the kernels take it; conversions are made once."""
+    stamp = tuple([_stamp(tensor) for tensor in matrix[:6]])
+    arrays = _matrices.get(matrix.weight, stamp)
+    if arrays is None:
+        scale = np.ones(matrix.rows, np.float32) if matrix.scale is None else _float32(matrix.scale)
+        shift = None if matrix.shift is None else _float32(matrix.shift)
+        arrays = _Arrays(_numpy(matrix.weight), scale, shift, _codec(matrix))
+        _matrices.put(matrix.weight, stamp, arrays)
+    return arrays
+
+
+def _codec(matrix: Matrix) -> CodecView:
+    stamp = (*(_stamp(t) for t in matrix[3:6]), matrix.index_bits, matrix.hidden, matrix.norm)
+    view = _codecs.get(matrix.table, stamp)
+    if view is None:
+        codewords, subvector = matrix.table.shape
+        view = CodecView(
+            subvector,
+            codewords,
+            matrix.index_bits,
+            _numpy(matrix.table) if matrix.table.dtype == torch.int8 else _float32(matrix.table),
+            1.0 if matrix.table_scale is None else float(matrix.table_scale),
+            None if matrix.decoder is None else _float32(matrix.decoder),
+            matrix.hidden,
+            matrix.norm,
+        )
+        _codecs.put(matrix.table, stamp, view)
+    return view
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().numpy()
+
+
+def _float32(tensor: Tensor) -> np.ndarray:
+    return _numpy(tensor).astype(np.float32)
+
+
+# ---- every device: plain PyTorch --------------------------------------------------------------
+
+
+def unpack_torch(packed: Tensor, count: int, bits: int) -> Tensor:
+    """Indices (rows, count) int64 of packed rows (rows, row stride) uint8."""
+    position = torch.arange(count, device=packed.device) * bits
+    first = position >> 3
+    # An index of up to 16 bits that starts inside a byte touches at most three.
+    padded = functional.pad(packed, (0, 2)).to(torch.int64)
+    window = padded[:, first] | padded[:, first + 1] << 8 | padded[:, first + 2] << 16
+    return (window >> (position & 7)) & ((1 << bits) - 1)
+
+
+def decode_rows_torch(matrix: Matrix, index: Tensor) -> Tensor:
+    """Rows ``index`` (n,): (n, columns) float32, with PyTorch operations only."""
+    subvector = matrix.table.shape[1]
+    count = -(-matrix.columns // subvector)
+    packed = matrix.weight.view(matrix.rows, -1)[index]
+    values = matrix.table[unpack_torch(packed, count, matrix.index_bits)].float()
+    if matrix.table_scale is not None:
+        values = values * matrix.table_scale
+    if matrix.decoder is not None:
+        values = _decode_torch(values, matrix.decoder.float(), matrix.hidden, matrix.norm)
+    values = values.flatten(1)[:, : matrix.columns]
+    if matrix.scale is not None:
+        values = values * matrix.scale[index].float()[:, None]
+    if matrix.shift is not None:
+        values = values + matrix.shift[index].float()[:, None]
+    return values
+
+
+def _decode_torch(y: Tensor, parameters: Tensor, hidden: int, norm: str) -> Tensor:
+    """The decoder on codewords (rows, L, d), as docs/FORMAT.md states it."""
+    subvector = y.shape[-1]
+    sizes = [hidden * subvector, hidden, hidden * subvector, subvector]
+    mlps = [part.split(sizes) for part in parameters.view(3, -1)]
+
+    def mlp(number: int, x: Tensor) -> Tensor:
+        w1, b1, w2, b2 = mlps[number]
+        active = functional.gelu(functional.linear(x, w1.view(hidden, subvector), b1))
+        return functional.linear(active, w2.view(subvector, hidden), b2)
+
+    def normalise(x: Tensor) -> Tensor:
+        if norm == "input":
+            return x
+        return functional.layer_norm(x, x.shape[1:] if norm == "rln" else x.shape[2:], eps=EPSILON)
+
+    y = y + mlp(1, normalise(y))
+    return mlp(0, normalise(y + mlp(2, normalise(y))))
+
+
+def matmul_torch(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+    """The product of :func:`matmul` with PyTorch operations only, tile by tile."""
+    product = x.new_empty(x.shape[0], matrix.rows)
+    for first, last in _tiles(matrix):
+        tile = decode_rows_torch(matrix, torch.arange(first, last, device=x.device)).to(x.dtype)
+        addend = None if bias is None else bias[first:last].to(x.dtype)
+        product[:, first:last] = functional.linear(x, tile, addend)
+    return product
+
+
+# ---- operators --------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "pocketllm::matmul", mutates_args=(), schema=f"(Tensor x, Tensor? bias, {_MATRIX}) -> Tensor"
+)
+def _matmul(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
+    matrix = Matrix(*parts)
+    return _matmul_cpu(x, matrix, bias) if x.device.type == "cpu" else matmul_torch(x, matrix, bias)
+
+
+@_matmul.register_fake
+def _matmul_fake(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
+    return x.new_empty(x.shape[0], Matrix(*parts).rows)
+
+
+@torch.library.custom_op(
+    "pocketllm::matmul_transposed",
+    mutates_args=(),
+    schema=f"(Tensor gradient, {_MATRIX}) -> Tensor",
+)
+def _matmul_transposed(gradient: Tensor, *parts: Any) -> Tensor:
+    """gradient (n, rows) times the matrix: (n, columns), the gradient with respect to x."""
+    matrix = Matrix(*parts)
+    wide = torch.float32 if gradient.device.type == "cpu" else gradient.dtype
+    result = torch.zeros(gradient.shape[0], matrix.columns, dtype=wide, device=gradient.device)
+    for first, last in _tiles(matrix):
+        result.addmm_(gradient[:, first:last].to(wide), decode_tile(matrix, first, last).to(wide))
+    return result.to(gradient.dtype) if gradient.dtype != wide else result
+
+
+@_matmul_transposed.register_fake
+def _matmul_transposed_fake(gradient: Tensor, *parts: Any) -> Tensor:
+    return gradient.new_empty(gradient.shape[0], Matrix(*parts).columns)
+
+
+def _setup_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, *parts = inputs
+    ctx.save_for_backward(*parts[:6])
+    ctx.constants = parts[6:]
+
+
+def _backward_matmul(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    x_gradient = None
+    if ctx.needs_input_grad[0]:
+        x_gradient = torch.ops.pocketllm.matmul_transposed(
+            gradient, *ctx.saved_tensors, *ctx.constants
+        )
+    return (x_gradient, None, *[None] * len(Matrix._fields))
+
+
+_matmul.register_autograd(_backward_matmul, setup_context=_setup_matmul)
+
+
+@torch.library.custom_op(
+    "pocketllm::embedding", mutates_args=(), schema=f"(Tensor index, {_MATRIX}) -> Tensor"
+)
+def _embedding(index: Tensor, *parts: Any) -> Tensor:
+    matrix = Matrix(*parts)
+    return (
+        _rows_cpu(index, matrix) if index.device.type == "cpu" else decode_rows_torch(matrix, index)
+    )
+
+
+@_embedding.register_fake
+def _embedding_fake(index: Tensor, *parts: Any) -> Tensor:
+    matrix = Matrix(*parts)
+    return matrix.weight.new_empty(index.shape[0], matrix.columns, dtype=torch.float32)

@@ -1,0 +1,100 @@
+"""Tiny compressed models made from random codecs, for tests of the format and of the modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketllm import kernels
+from pocketllm.checkpoint import CodecData, CodecSpec, ModuleData, ModuleSpec, write_checkpoint
+from pocketllm.schema import mlp_parameters
+from pocketllm.tensorfile import ArrayTensor
+
+
+def random_codec(
+    name: str = "main",
+    subvector: int = 4,
+    codebook: int = 60,
+    *,
+    storage: str = "table-int8",
+    norm: str = "input",
+    hidden: int = 8,
+    seed: int = 0,
+) -> CodecData:
+    """A codec with random content of spread about one."""
+    spec = CodecSpec(name, subvector, codebook, hidden, norm, storage)
+    random = np.random.default_rng(seed)
+    values = random.standard_normal((codebook, subvector))
+    if storage == "table-int8":
+        table = np.clip(np.rint(values * 40), -127, 127).astype(np.int8)
+        return CodecData(spec, {"table": table, "table_scale": np.array([1 / 40], np.float32)})
+    if storage == "table-float16":
+        return CodecData(spec, {"table": values.astype(np.float16)})
+    decoder = random.standard_normal(3 * mlp_parameters(subvector, hidden)) * 0.3
+    return CodecData(
+        spec, {"codebook": values.astype(np.float16), "decoder": decoder.astype(np.float16)}
+    )
+
+
+def random_module(
+    name: str,
+    shape: tuple[int, int],
+    codec: CodecData,
+    *,
+    kind: str = "linear",
+    scale: bool = True,
+    shift: bool = False,
+    dtype: str = "float32",
+    seed: int = 0,
+    spread: float = 0.05,
+) -> ModuleData:
+    """A compressed matrix with random indices."""
+    random = np.random.default_rng([seed, *name.encode()])
+    rows, columns = shape
+    spec = ModuleSpec(name, kind, shape, codec.spec.name, scale, shift, dtype)
+    count = -(-columns // codec.spec.subvector)
+    index = random.integers(0, codec.spec.codebook, (rows, count)).astype(np.int32)
+    scales = (spread * random.uniform(0.5, 1.5, rows)).astype(np.float16)
+    shifts = (spread * random.standard_normal(rows)).astype(np.float16)
+    return ModuleData(
+        spec,
+        np.ascontiguousarray(kernels.pack(index, codec.spec.index_bits)).reshape(-1),
+        scales if scale else None,
+        shifts if shift else None,
+    )
+
+
+def simple_parts(seed: int = 0) -> dict[str, Any]:
+    """Arguments of write_checkpoint for a small folder without a transformers model."""
+    random = np.random.default_rng(seed)
+    codecs = [
+        random_codec("table", 4, 60),
+        random_codec("half", 3, 32, storage="table-float16", norm="ln", seed=1),
+        random_codec("decoded", 4, 16, storage="decoder", norm="rln", seed=2),
+    ]
+    modules = [
+        random_module("a.linear", (10, 18), codecs[0]),
+        random_module("a.shifted", (7, 20), codecs[1], shift=True, dtype="bfloat16"),
+        random_module("a.conv", (6, 9), codecs[2], kind="conv1d", dtype="float16", scale=False),
+        random_module("embed", (12, 8), codecs[0], kind="embedding"),
+        ModuleData(ModuleSpec("head", "tied", (12, 8), tied_to="embed")),
+    ]
+    dense = {
+        "norm.weight": ArrayTensor(random.integers(0, 2**15, 8).astype(np.uint16), "BF16"),
+        "a.linear.bias": ArrayTensor(random.standard_normal(10).astype(np.float32), "F32"),
+        "counter": ArrayTensor(np.array(7, np.int64), "I64"),
+    }
+    return {
+        "modules": modules,
+        "codecs": codecs,
+        "dense_tensors": dense,
+        "config": {"model_type": "simple", "dtype": "float32"},
+        "quantization": {"seed": seed},
+    }
+
+
+def simple_checkpoint(out: Path, **overrides: Any) -> Path:
+    """Write :func:`simple_parts`."""
+    return write_checkpoint(out, **{**simple_parts(), **overrides})
