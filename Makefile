@@ -7,7 +7,7 @@ elsewhere := build/elsewhere
 # Test files that need only NumPy and the extension carry this marker: torch is not sanitized.
 kernel_tests = $(abspath $(shell grep -lE 'pytest\.mark\.kernels' tests/test_*.py))
 
-.PHONY: build test lint check warnings ctest asan neon avx512 sanitize wheel-test clean
+.PHONY: build test lint check warnings ctest asan neon avx512-emulated sanitize wheel-test clean
 
 build:
 	$(python) setup.py -q build_ext --inplace
@@ -20,9 +20,9 @@ lint:
 	$(python) -m mypy
 
 ctest:
-	$(MAKE) -C csrc/tests check
+	$(MAKE) -C csrc/tests native
 
-asan neon avx512:
+asan neon avx512-emulated:
 	$(MAKE) -C csrc/tests $@
 
 check: lint ctest test
@@ -60,4 +60,3 @@ wheel-test:
 
 clean:
 	rm -rf build dist *.egg-info pocketllm/*.so
-	$(MAKE) -C csrc/tests clean

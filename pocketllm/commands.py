@@ -16,6 +16,7 @@ from .errors import PocketError
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
+    from .compressor import CompressResult
     from .planning import Plan
 
 # A tensor with at least this share of the weight files is named when it stays dense.
@@ -80,9 +81,47 @@ def run_compress(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, plan_json(planned))
         return
     result = compress(arguments.model, arguments.out, config, resume=arguments.resume)
-    print()
-    print(result.table())
-    write_json(arguments.json, result.to_json())
+    print_result(result)
+    write_json(arguments.json, result_json(result))
+
+
+def print_result(result: CompressResult) -> None:
+    """What a compression made: a row for each matrix, the totals, and what a user should know."""
+    from .checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(result.out, check=False)
+    header = ["tensor", "shape", "codec", "bits", "bytes", "error"]
+    if result.output_errors:
+        header.append("output error")
+    rows = []
+    for row in checkpoint.rows():
+        if row["name"] not in result.errors:
+            continue
+        cells = [row["name"], _shape(row), row["codec"], f"{row['bits']:.3f}", f"{row['bytes']:,}"]
+        cells.append(f"{result.errors[row['name']]:.4f}")
+        if result.output_errors:
+            error = result.output_errors.get(row["name"])
+            cells.append("-" if error is None else f"{error:.4f}")
+        rows.append(cells)
+    cost = f"{text.duration(result.seconds)}, at most {text.size(result.peak_memory)} of memory"
+    lines = [*totals(checkpoint), ("it took", cost), ("it is in", str(result.out))]
+    print(f"{text.table(header, rows)}\n\n{text.facts(lines)}")
+    for warning in result.warnings:
+        print(f"note: {warning}")
+
+
+def result_json(result: CompressResult) -> dict[str, Any]:
+    """A compression's figures as ``--json`` writes them."""
+    return {
+        "bits_per_weight": result.bits_per_weight,
+        "bytes": result.bytes,
+        "bytes_bf16": result.bytes_bf16,
+        "seconds": result.seconds,
+        "peak_memory": result.peak_memory,
+        "errors": result.errors,
+        "output_errors": result.output_errors,
+        "warnings": result.warnings,
+    }
 
 
 def print_plan(plan: Plan) -> None:
@@ -138,8 +177,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     rows = checkpoint.rows()
     header = ("tensor", "kind", "shape", "codec", "bits", "bytes", "share")
     print(text.table(header, [_inspect_row(row) for row in rows]))
-    print()
-    print_totals(checkpoint)
+    print(f"\n{text.facts(totals(checkpoint))}")
     write_json(arguments.json, checkpoint.to_json())
 
 
@@ -147,7 +185,7 @@ def _inspect_row(row: dict[str, Any]) -> list[str]:
     return [
         row["name"],
         row["kind"],
-        " x ".join(map(str, row["shape"])) or "scalar",
+        _shape(row),
         row["codec"] or "-",
         "-" if row["bits"] is None else f"{row['bits']:.3f}",
         f"{row['bytes']:,}",
@@ -155,7 +193,11 @@ def _inspect_row(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def print_totals(checkpoint: Checkpoint) -> None:
+def _shape(row: dict[str, Any]) -> str:
+    return " x ".join(map(str, row["shape"])) or "scalar"
+
+
+def totals(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     """The summary under a listing: sizes, bits per weight, and what stays dense."""
     total = checkpoint.bytes
     dense = sorted(checkpoint.dense.values(), key=lambda tensor: -tensor.nbytes)
@@ -174,7 +216,7 @@ def print_totals(checkpoint: Checkpoint) -> None:
         if tensor.nbytes >= LARGE_SHARE * total:
             share = f"{text.size(tensor.nbytes)}, {tensor.nbytes / total:.1%}"
             lines.append(("", f"{tensor.name}: {share}"))
-    print(text.facts(lines))
+    return lines
 
 
 def against(dtype: str, dense: int, compressed: int) -> str:
