@@ -34,7 +34,11 @@ ONCE = [
 ]
 PER_ISA = [
     "isa_table.c",
+    "coder.c",
+    "mlp.c",
+    "pack.c",
     "search.c",
+    "train.c",
 ]
 ISA_FLAGS = {
     "x86_64": {

@@ -45,7 +45,100 @@ done:
     return result;
 }
 
+/* Takes packed, a (rows, stride) array whose stride fits `count` indices of `bits` bits. */
+static int take_packed(PyArrayObject **packed, PyObject *obj, Py_ssize_t count, int bits)
+{
+    if (!pllm_in_range("bits", bits, 1, PLLM_MAX_BITS) ||
+        !pllm_in_range("count", count, 0, PY_SSIZE_T_MAX / PLLM_MAX_BITS))
+        return 0;
+    const npy_intp shape[] = {-1, pllm_row_stride_bytes(count, bits)};
+    return pllm_take(packed, obj, "packed", NPY_UINT8, 2, shape, "n ");
+}
+
+/* pack(index, bits, threads) -> packed */
+static PyObject *pack(PyObject *self, PyObject *args)
+{
+    PyObject *index_obj;
+    PyArrayObject *index = NULL, *packed = NULL;
+    int bits, threads, status;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "Oii:pack", &index_obj, &bits, &threads))
+        return NULL;
+    if (!pllm_in_range("bits", bits, 1, PLLM_MAX_BITS) ||
+        !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS) ||
+        !pllm_take(&index, index_obj, "index", NPY_INT32, 2, (npy_intp[]){-1, -1}, "nL"))
+        goto done;
+    npy_intp rows = PyArray_DIM(index, 0), count = PyArray_DIM(index, 1);
+    if (!pllm_new(&packed, NPY_UINT8, 2, (npy_intp[]){rows, pllm_row_stride_bytes(count, bits)}))
+        goto done;
+
+    Py_BEGIN_ALLOW_THREADS
+    status = pllm_active()->pack(pllm_data(index), rows, count, bits, pllm_data(packed), threads);
+    Py_END_ALLOW_THREADS
+    if (status == PLLM_ERANGE)
+        PyErr_Format(PyExc_ValueError, "index: got a value outside 0..%d, want indices of %d bits",
+                     (1 << bits) - 1, bits);
+    if (status != PLLM_OK)
+        Py_CLEAR(packed);
+done:
+    Py_XDECREF(index);
+    return (PyObject *)packed;
+}
+
+/* unpack(packed, count, bits, threads) -> index */
+static PyObject *unpack(PyObject *self, PyObject *args)
+{
+    PyObject *packed_obj;
+    PyArrayObject *packed = NULL, *index = NULL;
+    Py_ssize_t count;
+    int bits, threads;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "Onii:unpack", &packed_obj, &count, &bits, &threads))
+        return NULL;
+    if (!take_packed(&packed, packed_obj, count, bits) ||
+        !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS))
+        goto done;
+    npy_intp rows = PyArray_DIM(packed, 0);
+    if (!pllm_new(&index, NPY_INT32, 2, (npy_intp[]){rows, count}))
+        goto done;
+
+    Py_BEGIN_ALLOW_THREADS
+    pllm_active()->unpack(pllm_data(packed), rows, count, bits, pllm_data(index), threads);
+    Py_END_ALLOW_THREADS
+done:
+    Py_XDECREF(packed);
+    return (PyObject *)index;
+}
+
+/* index_max(packed, count, bits, threads) -> int */
+static PyObject *index_max(PyObject *self, PyObject *args)
+{
+    PyObject *packed_obj, *result = NULL;
+    PyArrayObject *packed = NULL;
+    Py_ssize_t count;
+    int bits, threads;
+    int32_t largest;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "Onii:index_max", &packed_obj, &count, &bits, &threads))
+        return NULL;
+    if (!take_packed(&packed, packed_obj, count, bits) ||
+        !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS))
+        goto done;
+
+    Py_BEGIN_ALLOW_THREADS
+    largest = pllm_active()->index_max(pllm_data(packed), PyArray_DIM(packed, 0), count, bits,
+                                       threads);
+    Py_END_ALLOW_THREADS
+    result = PyLong_FromLong(largest);
+done:
+    Py_XDECREF(packed);
+    return result;
+}
+
 PyMethodDef pllm_search_methods[] = {
     {"nearest", nearest, METH_VARARGS, "Nearest codeword of each row."},
+    {"pack", pack, METH_VARARGS, "Indices to packed bytes."},
+    {"unpack", unpack, METH_VARARGS, "Packed bytes to indices."},
+    {"index_max", index_max, METH_VARARGS, "Largest index in packed bytes."},
     {NULL, NULL, 0, NULL},
 };

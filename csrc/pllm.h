@@ -25,7 +25,8 @@ extern "C" {
 /* What kernels that can fail return. */
 enum pllm_status {
     PLLM_OK = 0,
-    PLLM_ENOMEM = 1 /* scratch memory could not be allocated; outputs are undefined */
+    PLLM_ENOMEM = 1, /* scratch memory could not be allocated; outputs are undefined */
+    PLLM_ERANGE = 2  /* an input value is outside what the contract allows; outputs are undefined */
 };
 
 enum { PLLM_MAX_THREADS = 1024 };
@@ -100,15 +101,147 @@ typedef int pllm_nearest_fn(const float *z, ptrdiff_t n, const float *codebook, 
 
 /* ---- pack (pack.c) --------------------------------------------------------------------------- */
 
-#define PLLM_PACK_KERNELS(X)
+enum { PLLM_MAX_BITS = 16 };
+
+/* Bytes of one packed row of `count` indices of `bits` bits: rows are padded to whole bytes. */
+static inline ptrdiff_t pllm_row_stride_bytes(ptrdiff_t count, int bits)
+{
+    return (count * bits + 7) / 8;
+}
+
+/* Packs each row of indices as a bit stream: index i of a row takes the bits i*bits .. (i+1)*bits - 1,
+ * bit n of a row is bit n % 8 of its byte n / 8; the bits behind the last index are zero.
+ * index: (rows, count), each 0 .. 2^bits - 1.  bits: 1..16.
+ * packed: (rows, pllm_row_stride_bytes(count, bits)).
+ * Returns PLLM_OK, or PLLM_ERANGE when an index does not fit. */
+typedef int pllm_pack_fn(const int32_t *index, ptrdiff_t rows, ptrdiff_t count, int bits,
+                         uint8_t *packed, int threads);
+
+/* The inverse of pack, for any bytes; the bits behind the last index of a row are ignored. */
+typedef void pllm_unpack_fn(const uint8_t *packed, ptrdiff_t rows, ptrdiff_t count, int bits,
+                            int32_t *index, int threads);
+
+/* The largest index in a packed payload, without unpacking it; -1 when it holds none. */
+typedef int32_t pllm_index_max_fn(const uint8_t *packed, ptrdiff_t rows, ptrdiff_t count, int bits,
+                                  int threads);
+
+#define PLLM_PACK_KERNELS(X) X(pack) X(unpack) X(index_max)
 
 /* ---- inference (infer.c) --------------------------------------------------------------------- */
 
+/* What turns an index into d values: table[index], or the decoder applied to a row of codewords. */
+typedef struct {
+    int d, k;
+    int index_bits;    /* 1..16; an index of k or more (damaged payload) is read as k - 1 */
+    int table_is_int8; /* then a value is table[i] * table_scale, else table[i] */
+    float table_scale;
+    const void *table;    /* (k, d) f32 or int8; the codebook when there is a decoder */
+    const float *decoder; /* flat decoder parameters, NULL when the table is already decoded */
+    int hidden, norm;     /* of the decoder */
+} pllm_codec;
+
+/* A compressed matrix: W[r, l d + j] = scale[r] * value(index[r, l])[j] + shift[r].
+ * packed: per row ceil(in_features / d) indices of index_bits bits, lowest bit first, each row filled
+ * up to whole bytes.  scale: (out_features).  shift: (out_features) or NULL. */
+typedef struct {
+    const pllm_codec *codec;
+    const uint8_t *packed;
+    ptrdiff_t out_features, in_features;
+    const float *scale, *shift;
+} pllm_matrix;
+
+/* rows (n, in_features) = W's rows row_index[0..n-1], or first_row.. when row_index is NULL.
+ * Computed as (value * table_scale) * scale + shift, each step rounded to float32.
+ * row_index: (n), each within out_features.  Returns PLLM_OK or PLLM_ENOMEM. */
+typedef int pllm_decode_rows_fn(const pllm_matrix *w, ptrdiff_t first_row, const int64_t *row_index,
+                                ptrdiff_t n, float *rows, int threads);
+
+/* y (n, out_features) = x (n, in_features) W' + bias, without ever holding W.
+ * Products are accumulated in float32: the error is below in_features * 2^-24 * (|x| |W|') and
+ * usually near its square root. bias: (out_features) or NULL.  Returns PLLM_OK or PLLM_ENOMEM. */
+typedef int pllm_matmul_fn(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias,
+                           float *y, int threads);
+
 #define PLLM_INFER_KERNELS(X)
 
-/* ---- training (mlp.c, train.c) --------------------------------------------------------------- */
+/* ---- training (coder.c, mlp.c, train.c) ------------------------------------------------------ */
 
-#define PLLM_TRAIN_KERNELS(X)
+/* Where N of the codec takes its statistics: the whole row, the sub-vector, or nowhere (identity;
+ * the row was normalised before). */
+enum pllm_norm { PLLM_NORM_INPUT = 0, PLLM_NORM_LN = 1, PLLM_NORM_RLN = 2 };
+
+enum { PLLM_MAX_HIDDEN = 64 }; /* h is 1..64 */
+
+/* Encoder or decoder: d, h, norm.  An MLP is W2 gelu(W1 x + b1) + b2 with its parameters flat as
+ * W1 (h, d), b1 (h), W2 (d, h), b2 (d); a coder has three, mlp0 | mlp1 | mlp2.
+ * Below, rows are (row_count, length) f32 with length a multiple of d, and params are the
+ * 3 (2 h d + h + d) floats of one coder. */
+typedef struct {
+    int d, h, norm;
+} pllm_coder;
+
+/* out = each row of x (row_count, length) shifted and scaled to mean 0 and variance 1 (biased,
+ * eps 1e-5).  Returns PLLM_OK or PLLM_ENOMEM, as all kernels of this section that can fail. */
+typedef int pllm_rln_fn(const float *x, ptrdiff_t row_count, ptrdiff_t length, float *out,
+                        int threads);
+/* grad_x = gradient with respect to x, given grad, that of rln's output. All (row_count, length). */
+typedef int pllm_rln_backward_fn(const float *x, const float *grad, ptrdiff_t row_count,
+                                 ptrdiff_t length, float *grad_x, int threads);
+
+/* out = MLP of every row of x (n, d).  params: 2 h d + h + d. */
+typedef int pllm_mlp_fn(const float *x, ptrdiff_t n, int d, int h, const float *params, float *out,
+                        int threads);
+/* grad: (n, d), of the output.  grad_x: (n, d).  grad_params: as params. */
+typedef int pllm_mlp_backward_fn(const float *x, ptrdiff_t n, int d, int h, const float *params,
+                                 const float *grad, float *grad_x, float *grad_params, int threads);
+
+/* Encoder: z = mlp0(x); z += mlp1(N(z)); z += mlp2(N(z)); out = N(z).
+ * Decoder: y = x;       y += mlp1(N(y)); y += mlp2(N(y)); out = mlp0(N(y)).   rows, out: alike. */
+typedef int pllm_encode_fn(const pllm_coder *coder, const float *rows, ptrdiff_t row_count,
+                           ptrdiff_t length, const float *params, float *out, int threads);
+typedef pllm_encode_fn pllm_decode_fn;
+/* grad: of the output, like rows.  grad_rows: like rows.  grad_params: like params. */
+typedef int pllm_encode_backward_fn(const pllm_coder *coder, const float *rows, ptrdiff_t row_count,
+                                    ptrdiff_t length, const float *params, const float *grad,
+                                    float *grad_rows, float *grad_params, int threads);
+typedef pllm_encode_backward_fn pllm_decode_backward_fn;
+
+/* What a training step reads and writes. n = row_count * length / d sub-vectors, k codewords.
+ * weight: NULL, or weights of the squared errors: weight_row_stride 0 means one (length) for all
+ * rows, otherwise it is length.  index: (n) the codewords chosen.  latents: (n, d).
+ * reconstruction = mean of weight (rows - decoded)^2, commitment = mean (latents - codeword)^2; the
+ * loss is reconstruction + codebook_loss * commitment. The gradient at the decoder's input passes
+ * straight through to the latents; the commitment pulls latents and codewords alike. */
+typedef struct {
+    pllm_coder coder;
+    int k;
+    const float *rows, *weight;
+    ptrdiff_t row_count, length, weight_row_stride;
+    const float *encoder, *codebook, *decoder;
+    float codebook_loss;
+    int32_t *index;
+    float *latents, *grad_encoder, *grad_codebook, *grad_decoder;
+    double reconstruction, commitment;
+} pllm_step;
+
+typedef int pllm_train_step_fn(pllm_step *step, int threads);
+
+/* One Adam update in place; step counts from 1.  param, grad, mean, variance: (n). */
+typedef void pllm_adam_fn(float *param, const float *grad, float *mean, float *variance,
+                          ptrdiff_t n, int64_t step, double lr, double beta1, double beta2,
+                          double eps, int threads);
+
+/* The sums Lloyd's iteration needs, in order of i, in double and channel by channel:
+ * sum[c * k + index[i]] += w x[i * d + c], mass[...] += w, where w is 1 (weight_channels 0),
+ * weight[i] (1), or weight[i * d + c] (d); mass is (k) for 0 and 1, (d, k) for d.
+ * x: (n, d).  index: (n), each 0..k-1.  sum: (d, k).  Cannot fail. */
+typedef void pllm_cluster_sums_fn(const float *x, ptrdiff_t n, int d, const int32_t *index, int k,
+                                  const float *weight, int weight_channels, double *sum,
+                                  double *mass, int threads);
+
+#define PLLM_TRAIN_KERNELS(X) \
+    X(rln) X(rln_backward) X(mlp) X(mlp_backward) X(encode) X(encode_backward) X(decode) \
+    X(decode_backward) X(train_step) X(adam) X(cluster_sums)
 
 /* ---- feedback (feedback.c) ------------------------------------------------------------------- */
 

@@ -10,7 +10,7 @@ Every function has a plain NumPy twin of the same name in :mod:`pocketllm.refere
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,10 +111,323 @@ def nearest(
     return (index, error) if return_error else index
 
 
+def pack(index: Ints, bits: int) -> Bytes:
+    """Rows of indices as LSB-first bit streams, each row padded to whole bytes.
+
+    Index i of a row takes the row's bits ``i*bits .. (i+1)*bits - 1``; bit n is bit ``n % 8`` of byte
+    ``n // 8``. The bits behind the last index are zero.
+
+    Args:
+        index: int32 (rows, L), each 0 .. 2**bits - 1.
+        bits: 1..16.
+
+    Returns:
+        uint8 (rows, ceil(L * bits / 8)).
+
+    Raises:
+        ValueError: an index does not fit, or bits is out of range.
+    """
+    return _kernels.pack(index, bits, _threads())
+
+
+def unpack(packed: Bytes, count: int, bits: int) -> Ints:
+    """Inverse of :func:`pack`: int32 (rows, count) from uint8 (rows, ceil(count * bits / 8))."""
+    return _kernels.unpack(packed, count, bits, _threads())
+
+
+def index_max(packed: Bytes, count: int, bits: int) -> int:
+    """Largest index in a packed payload of (rows, ceil(count * bits / 8)) bytes, -1 if it has none.
+
+    Made for range checks: nothing the size of the indices is allocated.
+    """
+    return _kernels.index_max(packed, count, bits, _threads())
+
+
 # ---- inference --------------------------------------------------------------------------------
 
 
+class CodecView(NamedTuple):
+    """What the kernels need of a codec to turn indices into values.
+
+    Attributes:
+        subvector: d, values per index, 1..16.
+        codewords: K, 1..65536.
+        index_bits: bits of a packed index, 1..16. An index of K or more reads as K - 1.
+        table: (K, d) decoded sub-vectors, float32 or int8; with a decoder the codebook, float32.
+        table_scale: multiplies an int8 table; not used with a float32 table.
+        decoder: flat decoder parameters, float32 (3 * (2*h*d + h + d),), or None.
+        hidden: h, width of the decoder's hidden layer, 1..64.
+        norm: the decoder's norm, ``"rln"``, ``"ln"`` or ``"input"``.
+    """
+
+    subvector: int
+    codewords: int
+    index_bits: int
+    table: NDArray[Any]
+    table_scale: float = 1.0
+    decoder: Floats | None = None
+    hidden: int = 0
+    norm: str = "input"
+
+
+def decode_rows(
+    packed: Bytes,
+    in_features: int,
+    first_row: int,
+    row_count: int,
+    codec: CodecView,
+    scale: Floats,
+    shift: Floats | None = None,
+    out: Floats | None = None,
+) -> Floats:
+    """Consecutive rows of a compressed matrix (out_features, in_features).
+
+    A value is ``(table value * table_scale) * scale[row] + shift[row]``, rounded at each step.
+
+    Args:
+        packed: flat uint8, out_features rows of ceil(ceil(in_features / d) * index_bits / 8) bytes.
+        in_features: columns, at least 1.
+        first_row: first row to decode.
+        row_count: number of rows, at least 0.
+        codec: what the indices mean.
+        scale: (out_features,) scale of each row.
+        shift: (out_features,) added to each row.
+        out: (row_count, in_features) to write to and return.
+
+    Returns:
+        float32 (row_count, in_features).
+
+    Raises:
+        ValueError: the rows are not all in the matrix, or a shape is wrong.
+    """
+    return _kernels.decode_rows(
+        packed, in_features, first_row, row_count, codec, scale, shift, out, _threads()
+    )
+
+
+def decode_row_list(
+    packed: Bytes,
+    in_features: int,
+    row_index: NDArray[np.int64],
+    codec: CodecView,
+    scale: Floats,
+    shift: Floats | None = None,
+) -> Floats:
+    """The rows named in row_index, int64 (n,), in that order: an embedding's look-up.
+
+    Other arguments are those of :func:`decode_rows`. Returns float32 (n, in_features).
+
+    Raises:
+        IndexError: a row is not in the matrix.
+    """
+    return _kernels.decode_row_list(packed, in_features, row_index, codec, scale, shift, _threads())
+
+
+def matmul(
+    x: Floats,
+    packed: Bytes,
+    out_features: int,
+    codec: CodecView,
+    scale: Floats,
+    shift: Floats | None = None,
+    bias: Floats | None = None,
+    out: Floats | None = None,
+) -> Floats:
+    """Activations times a compressed matrix, transposed: ``x @ W.T + bias``.
+
+    W never exists whole: each thread decodes a tile of rows at a time. Sums are accumulated in
+    float32, in an order that depends on the number of tokens alone.
+
+    Args:
+        x: (n, in_features) activations; n may be 0.
+        packed: flat uint8, as in :func:`decode_rows`.
+        out_features: rows of W.
+        codec: what the indices mean.
+        scale: (out_features,) scale of each row.
+        shift: (out_features,) added to each row.
+        bias: (out_features,) added to each product.
+        out: (n, out_features) to write to and return; may not overlap x.
+
+    Returns:
+        float32 (n, out_features).
+    """
+    return _kernels.matmul(x, packed, out_features, codec, scale, shift, bias, out, _threads())
+
+
 # ---- training ---------------------------------------------------------------------------------
+
+
+class TrainStep(NamedTuple):
+    """What one training step returns.
+
+    Attributes:
+        loss: reconstruction + codebook_loss * commitment.
+        reconstruction: mean of weight * (rows - decoded)**2 over all values.
+        commitment: mean of (latents - codeword)**2 over all values.
+        index: int32 (n,), the codeword chosen for each of the n = rows * length / d sub-vectors.
+        grad_encoder, grad_decoder: gradients of the loss, flat like the parameters.
+        grad_codebook: (K, d).
+    """
+
+    loss: float
+    reconstruction: float
+    commitment: float
+    index: Ints
+    grad_encoder: Floats
+    grad_codebook: Floats
+    grad_decoder: Floats
+
+
+NORMS = {"input": 0, "ln": 1, "rln": 2}
+
+
+def _norm(name: str) -> int:
+    if name not in NORMS:
+        raise ValueError(f"norm: got {name!r}, want one of {', '.join(NORMS)}")
+    return NORMS[name]
+
+
+def rln(x: Floats) -> Floats:
+    """Row layer norm: each row of x (rows, length) to mean 0 and variance 1 (biased, eps 1e-5)."""
+    return _kernels.rln(x, _threads())
+
+
+def rln_backward(x: Floats, grad: Floats) -> Floats:
+    """Gradient with respect to x of :func:`rln`, given ``grad`` (rows, length) of its output."""
+    return _kernels.rln_backward(x, grad, _threads())
+
+
+def mlp(x: Floats, params: Floats, *, hidden: int) -> Floats:
+    """``W2 gelu(W1 x + b1) + b2`` for every row of x.
+
+    Args:
+        x: (n, d), d in 1..16.
+        params: flat W1 (h, d), b1 (h), W2 (d, h), b2 (d).
+        hidden: h, 1..64.
+
+    GELU is the exact form; its error function is within 5e-7 of the true one, as is its slope.
+    """
+    return _kernels.mlp(x, params, hidden, _threads())
+
+
+def mlp_backward(
+    x: Floats, params: Floats, grad: Floats, *, hidden: int
+) -> tuple[Floats, Floats]:
+    """(grad_x (n, d), grad_params flat) of :func:`mlp`, given ``grad`` (n, d) of its output."""
+    return _kernels.mlp_backward(x, params, grad, hidden, _threads())
+
+
+def encode(rows: Floats, params: Floats, *, subvector: int, hidden: int, norm: str) -> Floats:
+    """The codec's encoder: ``z = mlp0(x); z += mlp1(N(z)); z += mlp2(N(z)); N(z)``.
+
+    Args:
+        rows: (rows, length), length a multiple of ``subvector``.
+        params: flat mlp0 | mlp1 | mlp2.
+        subvector: d, 1..16.
+        hidden: h, 1..64.
+        norm: what N is: ``"rln"`` (over the row), ``"ln"`` (over the sub-vector), ``"input"``
+            (identity).
+
+    Returns:
+        Latents (rows, length).
+    """
+    return _kernels.encode(rows, params, subvector, hidden, _norm(norm), _threads())
+
+
+def encode_backward(
+    rows: Floats, params: Floats, grad: Floats, *, subvector: int, hidden: int, norm: str
+) -> tuple[Floats, Floats]:
+    """(grad_rows, grad_params) of :func:`encode`, given ``grad`` (rows, length) of the latents."""
+    return _kernels.encode_backward(
+        rows, params, grad, subvector, hidden, _norm(norm), _threads()
+    )
+
+
+def decode(latents: Floats, params: Floats, *, subvector: int, hidden: int, norm: str) -> Floats:
+    """The codec's decoder: ``y = latents; y += mlp1(N(y)); y += mlp2(N(y)); mlp0(N(y))``.
+
+    ``latents`` are codewords laid out as rows (rows, length); the rest is as in :func:`encode`.
+    """
+    return _kernels.decode(latents, params, subvector, hidden, _norm(norm), _threads())
+
+
+def decode_backward(
+    latents: Floats, params: Floats, grad: Floats, *, subvector: int, hidden: int, norm: str
+) -> tuple[Floats, Floats]:
+    """(grad_latents, grad_params) of :func:`decode`, given ``grad`` (rows, length) of its output."""
+    return _kernels.decode_backward(
+        latents, params, grad, subvector, hidden, _norm(norm), _threads()
+    )
+
+
+def train_step(
+    rows: Floats,
+    encoder: Floats,
+    codebook: Floats,
+    decoder: Floats,
+    *,
+    hidden: int,
+    norm: str,
+    codebook_loss: float = 0.5,
+    weight: Floats | None = None,
+) -> TrainStep:
+    """Losses and all gradients of one straight-through step: encode, nearest codeword, decode.
+
+    The gradient at the decoder's input goes to the latents as it is; the commitment term pulls
+    latents and codewords towards each other. Nothing is updated (see :func:`adam`).
+
+    Args:
+        rows: (rows, length), length a multiple of d, at least one value.
+        encoder: flat parameters as in :func:`encode`.
+        codebook: (K, d).
+        decoder: flat parameters as in :func:`decode`.
+        hidden: h.
+        norm: as in :func:`encode`.
+        codebook_loss: lambda, weight of the commitment term.
+        weight: (rows, length), or (length,) for all rows: weights of the squared errors.
+    """
+    reconstruction, commitment, *arrays = _kernels.train_step(
+        rows, encoder, codebook, decoder, weight, hidden, _norm(norm), codebook_loss, _threads()
+    )
+    loss = reconstruction + codebook_loss * commitment
+    return TrainStep(loss, reconstruction, commitment, *arrays)
+
+
+def adam(
+    param: Floats,
+    grad: Floats,
+    mean: Floats,
+    variance: Floats,
+    *,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+) -> None:
+    """One Adam update, in place in ``param``, ``mean`` and ``variance`` (all (n,)).
+
+    ``step`` counts from 1. The arrays must be contiguous and writable.
+    """
+    _kernels.adam(param, grad, mean, variance, step, lr, beta1, beta2, eps, _threads())
+
+
+def cluster_sums(
+    x: Floats, index: Ints, k: int, *, weight: Floats | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weighted sums per codeword, in double, in the order of x: one half of a Lloyd iteration.
+
+    Args:
+        x: (n, d), d in 1..16.
+        index: int32 (n,), each in 0..k-1.
+        k: number of codewords, 1..65536.
+        weight: None (all 1), (n,) or (n, d).
+
+    Returns:
+        ``sum`` (d, k): of weight * x; ``mass``: of the weights, (k,), or (d, k) for a weight (n, d).
+    """
+    return _kernels.cluster_sums(x, index, k, weight, _threads())
+
 
 
 # ---- encoding with error feedback -------------------------------------------------------------

@@ -1,0 +1,92 @@
+/* test_kernels.c - runs every family's checks on every instruction set this machine has. */
+#include "check.h"
+
+void test_pack(const pllm_kernels *k);
+void test_search(const pllm_kernels *k);
+
+static const struct {
+    const char *name;
+    void (*run)(const pllm_kernels *k);
+} families[] = {
+    {"pack", test_pack},
+    {"search", test_search},
+};
+
+long check_count, check_failures;
+const char *check_isa = "";
+
+static uint64_t random_state;
+
+uint32_t random_bits(void)
+{
+    random_state = random_state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+    return (uint32_t)(random_state >> 32);
+}
+
+float random_normal(void)
+{
+    float sum = 0.0f;
+    for (int i = 0; i < 12; i++)
+        sum += (float)(random_bits() >> 8) * 0x1p-24f;
+    return sum - 6.0f;
+}
+
+void *new_bytes(size_t count)
+{
+    void *p = malloc(count ? count : 1);
+    if (!p) {
+        puts("out of memory");
+        exit(2);
+    }
+    return p;
+}
+
+float *new_floats(size_t count) { return new_bytes(count * sizeof(float)); }
+
+int32_t *new_ints(size_t count) { return new_bytes(count * sizeof(int32_t)); }
+
+float *new_normals(size_t count)
+{
+    float *p = new_floats(count);
+    for (size_t i = 0; i < count; i++)
+        p[i] = random_normal();
+    return p;
+}
+
+int same_bits(const void *a, const void *b, size_t bytes)
+{
+    return bytes == 0 || memcmp(a, b, bytes) == 0;
+}
+
+const pllm_kernels *scalar_kernels(void) { return pllm_isa_at(0); }
+
+/* Usage: test_kernels [family] [seed] */
+int main(int argc, char **argv)
+{
+    const char *only = argc > 1 && *argv[1] ? argv[1] : NULL;
+    const uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
+    printf("seed %llu\n", (unsigned long long)seed);
+    for (int i = 0; i < pllm_isa_count(); i++) {
+        const pllm_kernels *k = pllm_isa_at(i);
+        check_isa = pllm_isa_name_at(i);
+        if (!k) {
+            printf("%-8s not on this machine\n", check_isa);
+            continue;
+        }
+        for (size_t f = 0; f < sizeof families / sizeof *families; f++) {
+            if (only && strcmp(only, families[f].name) != 0)
+                continue;
+            long before = check_count, failed = check_failures;
+            random_state = seed;
+            families[f].run(k);
+            printf("%-8s %-10s %ld checks, %ld failed\n", check_isa, families[f].name,
+                   check_count - before, check_failures - failed);
+            fflush(stdout);
+        }
+    }
+    if (check_count == 0) {
+        puts("FAILED: nothing was checked");
+        return 1;
+    }
+    return check_failures != 0;
+}
