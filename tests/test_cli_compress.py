@@ -1,0 +1,434 @@
+"""Compressing from the command line: the whole chain, bad input, interruptions of every kind."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny_llama
+import torch
+from safetensors.torch import load_file, save_file
+
+from pocketllm import cli
+from pocketllm.checkpoint import open_checkpoint
+
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24
+UP_PROJ = "model.layers.1.mlp.up_proj.weight"
+SETTINGS = {"calibration_windows": 4, "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama.make(tmp_path_factory.mktemp("dense") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def job(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a calibrated compression, but for the folder to make."""
+    folder = tmp_path_factory.mktemp("job")
+    text, config = folder / "text.txt", folder / "config.json"
+    text.write_text(tiny_llama.TEXT)
+    config.write_text(json.dumps(SETTINGS))
+    return [
+        *("--bits", "3.5", "--calibration", str(text), "--config", str(config), "--seed", "3"),
+        str(model),
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that a run from start to end makes."""
+    out = tmp_path_factory.mktemp("undisturbed") / "small"
+    assert cli.main(["compress", *job, str(out)]) == 0
+    return out
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def partial(out: Path) -> Path:
+    """Where an unfinished compression keeps its parts."""
+    return out.with_name(out.name + ".partial")
+
+
+def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on standard error that begins with the program's name."""
+    error = capsys.readouterr().err
+    (line,) = [text for text in error.splitlines() if text.startswith("pocketllm: ")]
+    assert "Traceback" not in error
+    return line
+
+
+def start(arguments: list[str], prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    """A command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pocketllm", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=prepare,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "POCKETLLM_DEBUG": "0"},
+    )
+
+
+def stop_after_parts(process: subprocess.Popen[str], out: Path, count: int, number: int) -> str:
+    """Send a signal once that many parts are stored; return what was said on standard error."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if len(list(partial(out).glob("*.safetensors"))) >= count:
+            process.send_signal(number)
+            break
+        time.sleep(0.001)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0, f"it ended before {count} parts were stored"
+    return said
+
+
+def test_whole_chain(
+    undisturbed: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    text = tmp_path / "held out.txt"
+    text.write_text(tiny_llama.TEXT)
+
+    assert cli.main(["verify", str(undisturbed)]) == 0
+    assert cli.main(["inspect", str(undisturbed), "--json", str(figures)]) == 0
+    inspected = json.loads(figures.read_text())
+    assert set(inspected) == {"bits_per_weight", "bytes", "bytes_bf16", "tensors"}
+    files = [path.stat().st_size for path in undisturbed.glob("*.safetensors")]
+    assert inspected["bytes"] == sum(files)
+    weights = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
+    assert inspected["bytes_bf16"] == 2 * weights
+    assert inspected["bits_per_weight"] == pytest.approx(3.5, abs=0.1)
+    assert sum(row["bytes"] for row in inspected["tensors"]) < inspected["bytes"]
+
+    capsys.readouterr()
+    evaluate = ["eval", str(undisturbed), "--text", str(text), "--against", str(model)]
+    assert cli.main([*evaluate, "--json", str(figures)]) == 0
+    measured = json.loads(figures.read_text())
+    assert {"perplexity", "kl", "tasks", "bits_per_weight", "bytes", "bytes_bf16"} <= set(measured)
+    assert 1 < measured["perplexity"]["held out.txt"] < 1000
+    assert 0 < measured["kl"]["held out.txt"] < 5
+    assert measured["tasks"] == {}
+    assert measured["bytes"] == inspected["bytes"]
+
+    capsys.readouterr()
+    generate = ["generate", str(undisturbed), "--prompt", "The quick", "--max-new-tokens", "5"]
+    assert cli.main(generate) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("The quick") and len(first) > len("The quick\n")
+    assert cli.main(generate) == 0
+    assert capsys.readouterr().out == first
+
+    dense = tmp_path / "dense"
+    assert cli.main(["decompress", str(undisturbed), str(dense)]) == 0
+    restored, original = (load_file(path / "model.safetensors") for path in (dense, model))
+    assert restored.keys() == original.keys()
+    for name, tensor in original.items():
+        assert restored[name].shape == tensor.shape and restored[name].dtype == tensor.dtype
+    assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+
+
+def test_dry_run_predicts_and_makes_nothing(
+    job: list[str], undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "plan.json"
+    assert cli.main(["compress", *job, "--dry-run", "--json", str(figures)]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("time", "memory", "weight files", "bits per weight"))
+    assert list(tmp_path.iterdir()) == [figures]
+    planned = json.loads(figures.read_text())
+    made = open_checkpoint(undisturbed)
+    assert planned["bits_per_weight"] == pytest.approx(made.bits_per_weight, rel=0.01)
+    assert planned["bytes"] == pytest.approx(made.bytes, rel=0.1)
+    assert planned["bytes_bf16"] == made.bytes_bf16
+    assert planned["seconds"] > 0 and planned["memory"] > made.bytes_bf16
+
+
+def test_same_bytes_with_one_and_two_workers(
+    job: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    for workers in ("1", "2"):
+        out = tmp_path / workers
+        assert cli.main(["compress", *job, str(out), "--workers", workers]) == 0
+        assert digest(out) == digest(undisturbed)
+
+
+def test_target_size_is_met(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    wanted = "85kB"
+    arguments = ["--target-size", wanted, "--embeddings", "on"]
+    assert cli.main(["compress", str(model), str(out), *arguments]) == 0
+    assert 0.8 * cli.parse_size(wanted) < open_checkpoint(out).bytes <= cli.parse_size(wanted)
+
+
+@pytest.mark.parametrize("parts", [1, 5, 12])
+def test_resume_after_kill(
+    job: list[str],
+    undisturbed: Path,
+    tmp_path: Path,
+    parts: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "small"
+    stop_after_parts(start(["compress", *job, str(out)]), out, parts, signal.SIGKILL)
+    assert not out.exists()
+    assert cli.main(["compress", *job, str(out)]) == 1
+    assert "--resume" in sentence(capsys)
+    assert cli.main(["compress", *job, str(out), "--resume"]) == 0
+    assert digest(out) == digest(undisturbed)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_ctrl_c(job: list[str], undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    process = start(["compress", *job, str(out)])
+    said = stop_after_parts(process, out, 3, signal.SIGINT)
+    assert process.returncode == cli.INTERRUPTED
+    assert said.splitlines()[-1].startswith("pocketllm: interrupted") and "--resume" in said
+    assert "Traceback" not in said
+    assert cli.main(["compress", *job, str(out), "--resume"]) == 0
+    assert digest(out) == digest(undisturbed)
+
+
+def test_resume_refuses_another_job(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "small"
+    stop_after_parts(start(["compress", *job, str(out)]), out, 1, signal.SIGKILL)
+    assert cli.main(["compress", *job, str(out), "--resume", "--seed", "4"]) == 1
+    assert "another" in sentence(capsys)
+
+
+@pytest.mark.parametrize("limit", [3_000, 60_000], ids=["a part", "the checkpoint"])
+def test_file_size_limit_then_resume(
+    job: list[str], undisturbed: Path, tmp_path: Path, limit: int
+) -> None:
+    assert limit < (undisturbed / "model.safetensors").stat().st_size
+    out = tmp_path / "small"
+    process = start(
+        ["compress", *job, str(out)],
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert "space" in said.splitlines()[-1] and "Traceback" not in said
+    assert not out.exists()
+    assert cli.main(["compress", *job, str(out), "--resume"]) == 0
+    assert digest(out) == digest(undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 48 KiB; skips where none can be mounted."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(tmp_path)], capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip("cannot mount a small file system here")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_disk_full(job: list[str], small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compress", *job, str(small_disk / "small")]) == 1
+    assert "space" in sentence(capsys)
+    assert not (small_disk / "small").exists()
+
+
+def test_read_only_place(job: list[str], tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    process = start(["compress", *job, str(closed / "small")], without_root_privileges)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert str(closed) in said.splitlines()[-1] and "Traceback" not in said
+
+
+def without_root_privileges() -> None:
+    """Make file permissions count for a process of root too."""
+    libc = ctypes.CDLL(None)
+    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+def test_output_exists(job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kept.txt").write_text("mine")
+    assert cli.main(["compress", *job, str(tmp_path)]) == 1
+    assert "exists" in sentence(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def broken(model: Path, folder: Path, change: Callable[[Path], None]) -> Path:
+    """A copy of the model with something wrong."""
+    shutil.copytree(model, folder)
+    change(folder)
+    return folder
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def put_nan(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors[UP_PROJ].view(-1)[300].fill_(torch.nan))
+
+
+def put_infinity(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors[UP_PROJ].view(-1)[300].fill_(torch.inf))
+
+
+def drop_tensor(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop(UP_PROJ))
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def unknown_type(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "abacus"}')
+
+
+def no_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (put_nan, UP_PROJ.removesuffix(".weight")),
+        (put_infinity, UP_PROJ.removesuffix(".weight")),
+        (drop_tensor, UP_PROJ),
+        (truncate, "tiny"),
+        (unknown_type, "abacus"),
+        (no_json, "config.json"),
+        (no_weights, "tiny"),
+    ],
+    ids=["nan", "inf", "missing tensor", "truncated", "unknown type", "no json", "no weights"],
+)
+def test_broken_models(
+    model: Path,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = broken(model, tmp_path / "tiny", change)
+    capsys.readouterr()
+    assert cli.main(["compress", str(folder), str(tmp_path / "out")]) == 1
+    assert named in sentence(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["--config", "nowhere.json"], "nowhere.json"),
+        (["--bits", "0.2"], "bits"),
+        (["--bits", "17"], "bits"),
+        (["--target-size", "5kB"], "target_size"),
+        (["--subvector", "17", "--codebook", "16"], "subvector"),
+        (["--subvector", "4", "--codebook", "65537"], "codebook"),
+        (["--subvector", "16", "--codebook", "65536"], "codebook"),
+        (["--json", "nowhere/figures.json"], "--json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_requests_that_cannot_be_met(
+    model: Path,
+    tmp_path: Path,
+    options: list[str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["compress", str(model), str(tmp_path / "out"), *options]) == 1
+    assert named in sentence(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_config_with_an_unknown_setting(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"bitz": 3}')
+    arguments = ["--config", str(tmp_path / "config.json"), "--dry-run"]
+    assert cli.main(["compress", str(model), *arguments]) == 1
+    assert "bitz" in sentence(capsys)
+
+
+def flip_payload(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
+def raise_version(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [(flip_payload, "checksum"), (raise_version, "99"), (truncate, "model.safetensors")],
+    ids=["flipped bit", "version", "truncated"],
+)
+@pytest.mark.parametrize("command", ["verify", "decompress", "generate", "eval"])
+def test_damaged_checkpoints(
+    undisturbed: Path,
+    tmp_path: Path,
+    command: str,
+    change: Callable[[Path], None],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = broken(undisturbed, tmp_path / "small", change)
+    more = {
+        "decompress": [str(tmp_path / "out")],
+        "generate": ["--prompt", "The"],
+        "eval": ["--text", __file__],
+    }.get(command, [])
+    capsys.readouterr()
+    assert cli.main([command, str(folder), *more]) == 1
+    assert named in sentence(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dense_folder_is_no_checkpoint(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("inspect", "verify"):
+        assert cli.main([command, str(model)]) == 1
+        assert "quantization_config" in sentence(capsys)
+
+
+def test_compressing_twice_is_refused(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compress", str(undisturbed), str(tmp_path / "out")]) == 1
+    assert "already quantised" in sentence(capsys)
