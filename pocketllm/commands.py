@@ -252,13 +252,17 @@ def run_decompress(arguments: argparse.Namespace) -> None:
 def run_generate(arguments: argparse.Namespace) -> None:
     """Continue a prompt, streaming the text to standard output."""
     import torch
-    from transformers import TextStreamer
+    from transformers import AutoModelForCausalLM, TextStreamer
+    from transformers.utils import logging
 
+    from ._autoload import install
     from .dense import load_tokenizer, source_folder
 
     folder = source_folder(arguments.folder)
     tokenizer = load_tokenizer(folder)
-    model = load_any(folder)
+    install()
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
         raise PocketError("--prompt: it has no tokens, give at least one character")
