@@ -254,7 +254,8 @@ PLLM_INLINE vf exp_negative(vf x)
  * (error of Phi 2.2e-8 before rounding). */
 PLLM_INLINE vf gelu(vf x, vf *slope)
 {
-    vf a = vf_min(vf_abs(x), vf_set1(12.5f));
+    const vf far = vf_set1(12.5f); /* beyond it the tail is 0 in float32 */
+    vf a = vf_min(vf_abs(x), far);
     vf e = exp_negative(vf_mul(vf_mul(a, a), vf_set1(-0.5f)));
     vf t = vf_div(vf_set1(1.0f), vf_fma(a, vf_set1(0.28f), vf_set1(1.0f)));
     vf q = vf_set1(-0.1044924184679985f);
@@ -265,8 +266,9 @@ PLLM_INLINE vf gelu(vf x, vf *slope)
     q = vf_fma(q, t, vf_set1(0.11613409966230392f));
     vf tail = vf_mul(vf_mul(q, t), e);
     vf phi = vf_select(vf_lt(x, vf_zero()), tail, vf_sub(vf_set1(1.0f), tail));
+    x = vf_max(vf_neg(far), x);
     if (slope)
-        *slope = vf_fma(x, vf_mul(e, vf_set1(0.3989422804f)), phi);
+        *slope = vf_fma(vf_min(far, x), vf_mul(e, vf_set1(0.3989422804f)), phi);
     return vf_mul(x, phi);
 }
 

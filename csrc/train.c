@@ -1,0 +1,296 @@
+/* train.c - the straight-through training step, Adam, and the sums of Lloyd's iteration. */
+#include "coder.h"
+
+#include <omp.h>
+
+enum { ADAM_PARALLEL = 1 << 16 }; /* values below which starting threads costs more than it gains */
+
+/* Memory of one thread. code, factor, decoded: d a block.  lane_grad: 16 floats a parameter. */
+typedef struct {
+    coder_tape encoder, decoder;
+    coder_scratch scratch;
+    float *code, *factor, *decoded, *encoder_grad, *decoder_grad, *search;
+} step_memory;
+
+/* What all threads share. The partial sums are per chunk. */
+typedef struct {
+    const pllm_step *step;
+    coder_plan plan;
+    pllm_codebook codebook;
+    ptrdiff_t params_count;
+    float *partial_encoder, *partial_decoder;
+    double *partial_loss; /* (chunks, 2) */
+} step_state;
+
+static size_t block_floats(const coder_plan *plan)
+{
+    return (size_t)(plan->blocks * plan->d) * CODER_LANES;
+}
+
+static size_t thread_floats(const step_state *t)
+{
+    size_t floats = 2 * PLLM_SYM(coder_tape_floats)(&t->plan) + PLLM_SYM(coder_scratch_floats)(&t->plan);
+    floats += 3 * block_floats(&t->plan) + 2 * (size_t)t->params_count * CODER_LANES;
+    floats += pllm_search_scratch_floats(t->plan.d);
+    return (floats + CODER_LANES - 1) / CODER_LANES * CODER_LANES;
+}
+
+static step_memory place(const step_state *t, float *memory)
+{
+    step_memory m;
+    memory = PLLM_SYM(coder_tape_place)(&t->plan, 0, memory, &m.encoder);
+    memory = PLLM_SYM(coder_tape_place)(&t->plan, 1, memory, &m.decoder);
+    memory = PLLM_SYM(coder_scratch_place)(&t->plan, memory, &m.scratch);
+    m.code = memory;
+    m.factor = m.code + block_floats(&t->plan);
+    m.decoded = m.factor + block_floats(&t->plan);
+    m.encoder_grad = m.decoded + block_floats(&t->plan);
+    m.decoder_grad = m.encoder_grad + t->params_count * CODER_LANES;
+    m.search = m.decoder_grad + t->params_count * CODER_LANES;
+    return m;
+}
+
+/* Codewords of sub-vectors first.. as blocks; lanes behind the last get zeros. */
+static void load_codewords(const pllm_step *s, ptrdiff_t first, ptrdiff_t count, float *blocks)
+{
+    int d = s->coder.d;
+    ptrdiff_t padded = (count + CODER_LANES - 1) / CODER_LANES * CODER_LANES;
+    for (ptrdiff_t i = 0; i < padded; i++) {
+        const float *codeword = i < count ? s->codebook + (ptrdiff_t)s->index[first + i] * d : NULL;
+        float *out = blocks + i / CODER_LANES * d * CODER_LANES + i % CODER_LANES;
+        for (int c = 0; c < d; c++)
+            out[c * CODER_LANES] = codeword ? codeword[c] : 0.0f;
+    }
+}
+
+/* Weights of the squared errors as blocks; lanes behind the last get zeros. */
+static void load_factor(const pllm_step *s, ptrdiff_t first, ptrdiff_t count, float *blocks)
+{
+    int d = s->coder.d;
+    ptrdiff_t per_row = s->length / d, row = first / per_row, column = first % per_row;
+    ptrdiff_t padded = (count + CODER_LANES - 1) / CODER_LANES * CODER_LANES;
+    for (ptrdiff_t i = 0; i < padded; i++) {
+        const float *weight = s->weight;
+        if (weight)
+            weight += row * s->weight_row_stride + column * d;
+        float *out = blocks + i / CODER_LANES * d * CODER_LANES + i % CODER_LANES;
+        for (int c = 0; c < d; c++)
+            out[c * CODER_LANES] = i < count ? (weight ? weight[c] : 1.0f) : 0.0f;
+        if (i + 1 < count && ++column == per_row) {
+            column = 0;
+            row++;
+        }
+    }
+}
+
+/* Adds the unit's loss sums to loss[0] (reconstruction) and loss[1] (commitment), leaves the
+ * gradient of the decoder's output in scratch.grad and the pull on the latents in m->decoded. */
+static void unit_loss(const step_state *t, const step_memory *m, ptrdiff_t count, double loss[2])
+{
+    const pllm_step *s = t->step;
+    int d = t->plan.d;
+    ptrdiff_t blocks = (count + CODER_LANES - 1) / CODER_LANES;
+    double size = (double)t->plan.count * d;
+    vf16 error_scale = vf16_set1((float)(2.0 / size));
+    vf16 pull_scale = vf16_set1((float)(2.0 * (double)s->codebook_loss / size));
+    vf16 reconstruction = vf16_zero(), commitment = vf16_zero();
+    const vf16 all = vf16_set1(1.0f);
+    float last[CODER_LANES];
+    for (int lane = 0; lane < CODER_LANES; lane++)
+        last[lane] = (blocks - 1) * CODER_LANES + lane < count ? 1.0f : 0.0f;
+    for (ptrdiff_t i = 0; i < blocks * d * CODER_LANES; i += CODER_LANES) {
+        const vf16 x = vf16_load(m->encoder.mlp[0].in + i), z = vf16_load(m->encoder.output + i);
+        const vf16 decoded = vf16_load(m->decoded + i), code = vf16_load(m->code + i);
+        const vf16 factor = vf16_load(m->factor + i);
+        const vf16 mask = i < (blocks - 1) * d * CODER_LANES ? all : vf16_load(last);
+        for (int p = 0; p < VF16_PARTS; p++) {
+            vf error = vf_sub(decoded.part[p], x.part[p]);
+            vf weighted = vf_mul(factor.part[p], error);
+            reconstruction.part[p] = vf_fma(weighted, error, reconstruction.part[p]);
+            vf_store(m->scratch.grad + i + p * VF_WIDTH, vf_mul(weighted, error_scale.part[p]));
+            vf gap = vf_mul(vf_sub(z.part[p], code.part[p]), mask.part[p]);
+            commitment.part[p] = vf_fma(gap, gap, commitment.part[p]);
+            vf_store(m->decoded + i + p * VF_WIDTH, vf_mul(gap, pull_scale.part[p]));
+        }
+    }
+    loss[0] += (double)vf16_sum(reconstruction);
+    loss[1] += (double)vf16_sum(commitment);
+}
+
+static void run_unit(const step_state *t, const step_memory *m, ptrdiff_t first, ptrdiff_t count,
+                     double loss[2])
+{
+    const pllm_step *s = t->step;
+    const coder_plan *plan = &t->plan;
+    const int d = plan->d;
+    const ptrdiff_t used = (count + CODER_LANES - 1) / CODER_LANES * d * CODER_LANES;
+    PLLM_SYM(coder_load)(s->rows + first * d, count, d, m->encoder.mlp[0].in);
+    PLLM_SYM(coder_encode)(plan, count, s->encoder, &m->encoder, 1, &m->scratch);
+    PLLM_SYM(coder_store)(m->encoder.output, count, d, s->latents + first * d);
+    PLLM_SYM(pllm_search_slice)(&t->codebook, s->latents + first * d, count, s->index + first, NULL,
+                                m->search);
+    load_codewords(s, first, count, m->code);
+    load_factor(s, first, count, m->factor);
+    memcpy(m->scratch.state, m->code, (size_t)used * sizeof *m->code);
+    PLLM_SYM(coder_decode)(plan, count, s->decoder, &m->decoder, 1, &m->scratch, m->decoded);
+    unit_loss(t, m, count, loss);
+    PLLM_SYM(coder_decode_backward)(plan, count, s->decoder, &m->decoder, &m->scratch,
+                                    m->decoder_grad);
+    for (ptrdiff_t i = 0; i < used; i += VF_WIDTH)
+        vf_store(m->scratch.grad + i,
+                 vf_add(vf_load(m->scratch.grad + i), vf_load(m->decoded + i)));
+    PLLM_SYM(coder_encode_backward)(plan, count, s->encoder, &m->encoder, &m->scratch, 0,
+                                    m->encoder_grad);
+}
+
+static void run_chunk(const step_state *t, const step_memory *m, ptrdiff_t chunk)
+{
+    const coder_plan *plan = &t->plan;
+    size_t lane_bytes = (size_t)t->params_count * CODER_LANES * sizeof(float);
+    double *loss = t->partial_loss + 2 * chunk;
+    loss[0] = loss[1] = 0.0;
+    memset(m->encoder_grad, 0, lane_bytes);
+    memset(m->decoder_grad, 0, lane_bytes);
+    ptrdiff_t unit = chunk * plan->units_per_chunk, end = unit + plan->units_per_chunk;
+    for (; unit < end && unit < plan->units; unit++) {
+        ptrdiff_t first = unit * plan->unit;
+        ptrdiff_t count = plan->count - first < plan->unit ? plan->count - first : plan->unit;
+        run_unit(t, m, first, count, loss);
+    }
+    ptrdiff_t at = chunk * t->params_count;
+    PLLM_SYM(coder_sum_lanes)(m->encoder_grad, t->params_count, t->partial_encoder + at);
+    PLLM_SYM(coder_sum_lanes)(m->decoder_grad, t->params_count, t->partial_decoder + at);
+}
+
+/* In order of the sub-vectors: the same for any number of threads. */
+static void codebook_gradient(const pllm_step *s, ptrdiff_t count)
+{
+    int d = s->coder.d;
+    const float pull = (float)(2.0 * (double)s->codebook_loss / ((double)count * d));
+    memset(s->grad_codebook, 0, (size_t)s->k * (size_t)d * sizeof *s->grad_codebook);
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const float *codeword = s->codebook + (ptrdiff_t)s->index[i] * d, *z = s->latents + i * d;
+        float *grad = s->grad_codebook + (ptrdiff_t)s->index[i] * d;
+        for (int c = 0; c < d; c++)
+            grad[c] += pull * (codeword[c] - z[c]);
+    }
+}
+
+static void gather_results(step_state *t, pllm_step *s)
+{
+    double loss[2] = {0.0, 0.0}, size = (double)t->plan.count * t->plan.d;
+    for (ptrdiff_t chunk = 0; chunk < t->plan.chunks; chunk++)
+        for (int i = 0; i < 2; i++)
+            loss[i] += t->partial_loss[2 * chunk + i];
+    s->reconstruction = loss[0] / size;
+    s->commitment = loss[1] / size;
+    PLLM_SYM(coder_sum_chunks)(t->partial_encoder, t->plan.chunks, t->params_count, s->grad_encoder);
+    PLLM_SYM(coder_sum_chunks)(t->partial_decoder, t->plan.chunks, t->params_count, s->grad_decoder);
+    codebook_gradient(s, t->plan.count);
+}
+
+int PLLM_SYM(pllm_train_step)(pllm_step *s, int threads)
+{
+    const pllm_coder *coder = &s->coder;
+    step_state t = {.step = s};
+    t.plan = PLLM_SYM(coder_plan_of)(coder->d, coder->h, coder->norm,
+                                     s->row_count * (s->length / coder->d), s->row_count);
+    t.params_count = 3 * t.plan.mlp_floats;
+    const size_t per_thread = thread_floats(&t);
+    const size_t partials = (size_t)(t.plan.chunks * t.params_count);
+    const size_t codebook_floats = pllm_codebook_floats(s->k, coder->d);
+    int status = PLLM_ENOMEM;
+    t.partial_loss = pllm_alloc((size_t)t.plan.chunks * 2 * sizeof(double));
+    float *memory = pllm_alloc_floats((size_t)threads * per_thread + codebook_floats + 2 * partials);
+    if (!t.partial_loss || !memory)
+        goto done;
+    float *blocks = memory + (size_t)threads * per_thread;
+    t.partial_encoder = blocks + codebook_floats;
+    t.partial_decoder = t.partial_encoder + partials;
+    PLLM_SYM(pllm_codebook_prepare)(&t.codebook, s->codebook, s->k, coder->d, NULL, NULL, blocks);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (ptrdiff_t chunk = 0; chunk < t.plan.chunks; chunk++) {
+        step_memory m = place(&t, memory + (size_t)omp_get_thread_num() * per_thread);
+        run_chunk(&t, &m, chunk);
+    }
+    gather_results(&t, s);
+    status = PLLM_OK;
+done:
+    free(memory);
+    free(t.partial_loss);
+    return status;
+}
+
+typedef struct {
+    vf keep1, add1, keep2, add2, rate, inverse_root, small;
+} adam_factors;
+
+/* One vector of the update. */
+PLLM_INLINE void adam_vector(const adam_factors *f, float *param, const float *grad, float *mean,
+                             float *variance)
+{
+    vf g = vf_load(grad);
+    vf m = vf_fma(f->keep1, vf_load(mean), vf_mul(f->add1, g));
+    vf v = vf_fma(f->keep2, vf_load(variance), vf_mul(f->add2, vf_mul(g, g)));
+    vf root = vf_fma(vf_sqrt(v), f->inverse_root, f->small);
+    vf_store(mean, m);
+    vf_store(variance, v);
+    vf_store(param, vf_sub(vf_load(param), vf_div(vf_mul(f->rate, m), root)));
+}
+
+void PLLM_SYM(pllm_adam)(float *param, const float *grad, float *mean, float *variance, ptrdiff_t n,
+                         int64_t step, double lr, double beta1, double beta2, double eps, int threads)
+{
+    const double rate = lr / (1.0 - pow(beta1, (double)step));
+    const double inverse_root = 1.0 / sqrt(1.0 - pow(beta2, (double)step));
+    const adam_factors f = {
+        .keep1 = vf_set1((float)beta1), .add1 = vf_set1((float)(1.0 - beta1)),
+        .keep2 = vf_set1((float)beta2), .add2 = vf_set1((float)(1.0 - beta2)),
+        .rate = vf_set1((float)rate), .inverse_root = vf_set1((float)inverse_root),
+        .small = vf_set1((float)eps)};
+    const ptrdiff_t whole = n / VF_WIDTH * VF_WIDTH, left = n - whole;
+#pragma omp parallel for num_threads(threads) schedule(static) if (n > ADAM_PARALLEL)
+    for (ptrdiff_t i = 0; i < whole; i += VF_WIDTH)
+        adam_vector(&f, param + i, grad + i, mean + i, variance + i);
+    float tail[4][VF_WIDTH] = {{0.0f}};
+    float *const from[4] = {param + whole, NULL, mean + whole, variance + whole};
+    for (ptrdiff_t i = 0; i < left; i++) {
+        tail[0][i] = from[0][i];
+        tail[1][i] = grad[whole + i];
+        tail[2][i] = from[2][i];
+        tail[3][i] = from[3][i];
+    }
+    adam_vector(&f, tail[0], tail[1], tail[2], tail[3]);
+    for (ptrdiff_t i = 0; i < left; i++) {
+        from[0][i] = tail[0][i];
+        from[2][i] = tail[2][i];
+        from[3][i] = tail[3][i];
+    }
+}
+
+/* total[index[i]] += w value of channel c, w as in pllm_cluster_sums; x NULL: of w alone. */
+static void channel_sums(const float *x, ptrdiff_t n, int d, int c, const int32_t *index, int k,
+                         const float *weight, int weight_channels, double *total)
+{
+    memset(total, 0, (size_t)k * sizeof *total);
+    const ptrdiff_t stride = weight_channels, at = weight_channels > 1 ? c : 0;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        double w = weight_channels ? (double)weight[i * stride + at] : 1.0;
+        total[index[i]] += x ? w * (double)x[i * d + c] : w;
+    }
+}
+
+void PLLM_SYM(pllm_cluster_sums)(const float *x, ptrdiff_t n, int d, const int32_t *index, int k,
+                                 const float *weight, int weight_channels, double *sum,
+                                 double *mass, int threads)
+{
+    const int masses = weight_channels > 1 ? d : 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int job = 0; job < d + masses; job++) {
+        if (job < d)
+            channel_sums(x, n, d, job, index, k, weight, weight_channels, sum + (ptrdiff_t)job * k);
+        else
+            channel_sums(NULL, n, d, job - d, index, k, weight, weight_channels,
+                         mass + (ptrdiff_t)(job - d) * k);
+    }
+}
