@@ -129,9 +129,9 @@ def print_plan(plan: Plan) -> None:
     rows = [
         (
             spec.name,
-            str(spec.shape.subvector),
-            f"{spec.shape.codewords:,}",
-            spec.table_dtype,
+            str(spec.subvector),
+            f"{spec.codebook:,}",
+            spec.storage,
             str(sum(plan.codec_of[t.name] == name for t in plan.targets)),
             f"{sum(t.weights for t in plan.targets if plan.codec_of[t.name] == name):,}",
         )
@@ -241,9 +241,14 @@ def run_decompress(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .checkpoint import check_output, decompress, open_checkpoint
+    from .schema import MODULE_DTYPES
+    from .tensorfile import DTYPES
 
     check_output(arguments.out)
-    total = open_checkpoint(arguments.folder, check=False).dense_bytes
+    checkpoint = open_checkpoint(arguments.folder, check=False)
+    total = sum(tensor.nbytes for tensor in checkpoint.dense.values())
+    for module in checkpoint.layout.modules.values():
+        total += module.weights * DTYPES[MODULE_DTYPES[module.dtype]][0]
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
         decompress(arguments.folder, arguments.out, progress=bar.update)
     print(f"{arguments.out}: dense, {text.size(total)}; transformers loads it without pocketllm")
