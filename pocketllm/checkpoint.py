@@ -441,8 +441,8 @@ def _checksums(files: list[TensorFile], layout: Layout) -> dict[str, int]:
         )
     if known_layout != layout.crc32():
         raise CheckpointError(
-            f"{files[0].path.parent}: codecs and modules of config.json are not those the weight files"
-            " were written with"
+            f"{files[0].path.parent}: codecs and modules of config.json are not those the weight"
+            " files were written with"
         )
     return checksums
 

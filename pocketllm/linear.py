@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .schema import CodecSpec, ModuleSpec, module_tensor, row_stride_bytes
+from .schema import CodecSpec, ModuleSpec, row_stride_bytes
 
 _TORCH = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "F32": torch.float32}
 
@@ -54,7 +53,6 @@ class _Packed(nn.Module):
     The codec is a submodule of the bank, not of this module, so it stays outside ``_modules``.
     """
 
-    codec: CodecModule
     scale: Tensor | None
     shift: Tensor | None
 
@@ -67,12 +65,17 @@ class _Packed(nn.Module):
         shift: bool,
         device: torch.device | str | None,
     ) -> None:
-        self.__dict__["codec"] = codec
+        self.__dict__["_codec"] = codec
         stride = row_stride_bytes(columns, codec.spec.subvector, codec.spec.index_bits)
         self.register_buffer("weight", torch.empty(rows * stride, dtype=torch.uint8, device=device))
         for name, present in (("scale", scale), ("shift", shift)):
             value = torch.empty(rows, dtype=torch.float16, device=device) if present else None
             self.register_buffer(name, value)
+
+    @property
+    def codec(self) -> CodecModule:
+        """The codec, in the bank."""
+        return self.__dict__["_codec"]
 
     def _matrix(self, rows: int, columns: int) -> ops.Matrix:
         codec, weight = self.codec, self.weight
@@ -255,7 +258,7 @@ class PocketTiedLinear(PocketLinear):
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The embedding's packed rows."""
         return self.__dict__["embedding"].weight
 
@@ -310,20 +313,9 @@ def build(
             device=device,
             dtype=dtype,
         )
+    module.__dict__["original_class"] = type(original)
     module.train(original.training)
     return module
-
-
-def load_arrays(module: nn.Module, arrays: dict[str, Any]) -> None:
-    """Copy NumPy arrays into the buffers of the same name."""
-    for name, array in arrays.items():
-        buffer = module.get_buffer(name)
-        buffer.copy_(torch.from_numpy(array).view(buffer.shape))
-
-
-def tensor_names(spec: ModuleSpec, codec: CodecSpec) -> list[str]:
-    """State-dict names of what a compressed module stores."""
-    return [module_tensor(spec.name, part) for part in spec.tensors(codec)]
 
 
 def _keeping_dtype(

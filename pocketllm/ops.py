@@ -70,7 +70,8 @@ class _Arrays(NamedTuple):
 def matmul(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
     """x (n, columns) of any float dtype times the transposed matrix, plus bias.
 
-    Returns (n, rows) in x's dtype. Differentiable with respect to x; a bias that needs a gradient is to be added by the caller.
+    Returns (n, rows) in x's dtype. Differentiable with respect to x; a bias that needs a gradient
+    is to be added by the caller.
     """
     if _runs_directly(x) and not (x.requires_grad and torch.is_grad_enabled()):
         return _matmul_cpu(x, matrix, bias)

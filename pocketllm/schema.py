@@ -205,8 +205,8 @@ def parse(quantization: Any, where: str) -> Layout:
     version = quantization.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{where}: format_version is {version!r}, this pocketllm reads version {FORMAT_VERSION};"
-            " update pocketllm"
+            f"{where}: format_version is {version!r}, this pocketllm reads version"
+            f" {FORMAT_VERSION}; update pocketllm"
         )
     codecs = {n: _codec(n, e, where) for n, e in _entries(quantization, "codecs", where)}
     modules = {n: _module(n, e, where, codecs) for n, e in _entries(quantization, "modules", where)}
@@ -215,8 +215,8 @@ def parse(quantization: Any, where: str) -> Layout:
             target = modules.get(module.tied_to or "")
             if target is None or target.kind == "tied" or target.shape != module.shape:
                 raise CheckpointError(
-                    f"{where}: module {module.name} is tied to {module.tied_to!r}, which is no module of"
-                    " its shape"
+                    f"{where}: module {module.name} is tied to {module.tied_to!r}, which is no"
+                    " module of its shape"
                 )
     return Layout(codecs, modules)
 
