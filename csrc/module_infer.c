@@ -1,6 +1,229 @@
 /* module_infer.c - Python wrappers of table decode and the fused matrix product. */
 #include "module.h"
 
+#include <string.h>
+
+/* The arguments that describe a compressed matrix: the C view and the arrays it points into. */
+typedef struct {
+    pllm_matrix matrix;
+    pllm_codec codec;
+    PyArrayObject *packed, *table, *decoder, *scale, *shift;
+} matrix_args;
+
+static void release(matrix_args *m)
+{
+    Py_XDECREF(m->packed);
+    Py_XDECREF(m->table);
+    Py_XDECREF(m->decoder);
+    Py_XDECREF(m->scale);
+    Py_XDECREF(m->shift);
+}
+
+/* codec: kernels.CodecView, (subvector, codewords, index_bits, table, table_scale, decoder | None,
+ * hidden, norm). Returns 1, or 0 with an exception set. */
+static int take_codec(matrix_args *m, PyObject *codec_obj)
+{
+    PyObject *table_obj, *decoder_obj;
+    const char *norm;
+    pllm_codec *c = &m->codec;
+    if (!PyTuple_Check(codec_obj)) {
+        PyErr_SetString(PyExc_TypeError, "codec: want a CodecView");
+        return 0;
+    }
+    if (!PyArg_ParseTuple(codec_obj, "iiiOfOis;codec: want a CodecView", &c->d, &c->k, &c->index_bits,
+                          &table_obj, &c->table_scale, &decoder_obj, &c->hidden, &norm))
+        return 0;
+    c->table_is_int8 =
+        PyArray_Check(table_obj) && PyArray_TYPE((PyArrayObject *)table_obj) == NPY_INT8;
+    const npy_intp shape[] = {c->k, c->d};
+    if (!pllm_in_range("codec.subvector", c->d, 1, PLLM_MAX_SUBVECTOR) ||
+        !pllm_in_range("codec.codewords", c->k, 1, PLLM_MAX_CODEWORDS) ||
+        !pllm_in_range("codec.index_bits", c->index_bits, 1, 16) ||
+        !pllm_take(&m->table, table_obj, "codec.table", c->table_is_int8 ? NPY_INT8 : NPY_FLOAT32, 2,
+                   shape, ""))
+        return 0;
+    c->table = pllm_data(m->table);
+    if (decoder_obj == Py_None)
+        return 1;
+
+    if (c->table_is_int8) {
+        PyErr_SetString(PyExc_TypeError, "codec.table: a codec with a decoder wants a float32 codebook");
+        return 0;
+    }
+    static const char *const norms[] = {"input", "ln", "rln"};
+    for (c->norm = 0; c->norm < 3 && strcmp(norm, norms[c->norm]) != 0;)
+        c->norm++;
+    if (c->norm == 3) {
+        PyErr_Format(PyExc_ValueError, "codec.norm: got '%s', want input, ln or rln", norm);
+        return 0;
+    }
+    if (!pllm_in_range("codec.hidden", c->hidden, 1, PLLM_MAX_HIDDEN))
+        return 0;
+    const npy_intp parameters = 3 * (npy_intp)(2 * c->hidden * c->d + c->hidden + c->d);
+    if (!pllm_take(&m->decoder, decoder_obj, "codec.decoder", NPY_FLOAT32, 1, &parameters, ""))
+        return 0;
+    c->decoder = pllm_data(m->decoder);
+    return 1;
+}
+
+/* Fills *m, which must be zero. Returns 1, or 0 with an exception set; release(m) in both cases. */
+static int take_matrix(matrix_args *m, PyObject *packed_obj, npy_intp out_features,
+                       npy_intp in_features, PyObject *codec_obj, PyObject *scale_obj,
+                       PyObject *shift_obj)
+{
+    if (!take_codec(m, codec_obj) ||
+        !pllm_in_range("in_features", in_features, 1, PY_SSIZE_T_MAX / 64))
+        return 0;
+    const npy_intp count = (in_features + m->codec.d - 1) / m->codec.d;
+    const npy_intp stride = pllm_row_stride_bytes(count, m->codec.index_bits);
+    if (!pllm_in_range("out_features", out_features, 0, PY_SSIZE_T_MAX / 64 / stride))
+        return 0;
+    const npy_intp bytes = out_features * stride;
+    if (!pllm_take(&m->packed, packed_obj, "packed", NPY_UINT8, 1, &bytes, "") ||
+        !pllm_take(&m->scale, scale_obj, "scale", NPY_FLOAT32, 1, &out_features, "") ||
+        !pllm_take_optional(&m->shift, shift_obj, "shift", NPY_FLOAT32, 1, &out_features, ""))
+        return 0;
+    m->matrix = (pllm_matrix){
+        .codec = &m->codec,
+        .packed = pllm_data(m->packed),
+        .out_features = out_features,
+        .in_features = in_features,
+        .scale = pllm_data(m->scale),
+        .shift = pllm_data(m->shift),
+    };
+    return 1;
+}
+
+/* The caller's output array, or a new one when it gave None. */
+static int take_or_new(PyArrayObject **out, PyObject *obj, const npy_intp *shape)
+{
+    if (obj == Py_None)
+        return pllm_new(out, NPY_FLOAT32, 2, shape);
+    return pllm_take_out(out, obj, "out", NPY_FLOAT32, 2, shape, "");
+}
+
+/* Length of a one-dimensional array, or 0 for anything else, which is refused later. */
+static npy_intp length_of(PyObject *obj)
+{
+    return PyArray_Check(obj) && PyArray_NDIM((PyArrayObject *)obj) == 1
+               ? PyArray_DIM((PyArrayObject *)obj, 0)
+               : 0;
+}
+
+/* Returns 1, or 0 with IndexError set. */
+static int rows_exist(const int64_t *row_index, npy_intp n, npy_intp out_features)
+{
+    for (npy_intp i = 0; i < n; i++) {
+        if (row_index[i] < 0 || row_index[i] >= out_features) {
+            PyErr_Format(PyExc_IndexError, "row_index: got %lld, want 0..%zd",
+                         (long long)row_index[i], (Py_ssize_t)out_features - 1);
+            return 0;
+        }
+    }
+    return 1;
+}
+
+/* decode_rows(packed, in_features, first_row, row_count, codec, scale, shift | None, out | None,
+ * threads) -> rows */
+static PyObject *decode_rows(PyObject *self, PyObject *args)
+{
+    PyObject *packed, *codec, *scale, *shift, *out_obj;
+    PyArrayObject *out = NULL;
+    Py_ssize_t in_features, first_row, row_count;
+    matrix_args m = {.codec = {.k = 0}};
+    int threads, status = -1;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OnnnOOOOi:decode_rows", &packed, &in_features, &first_row, &row_count,
+                          &codec, &scale, &shift, &out_obj, &threads))
+        return NULL;
+    const npy_intp out_features = length_of(scale);
+    if (!take_matrix(&m, packed, out_features, in_features, codec, scale, shift) ||
+        !pllm_in_range("first_row", first_row, 0, out_features) ||
+        !pllm_in_range("row_count", row_count, 0, out_features - first_row) ||
+        !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS) ||
+        !take_or_new(&out, out_obj, (npy_intp[]){row_count, in_features}))
+        goto done;
+
+    Py_BEGIN_ALLOW_THREADS
+    status = pllm_active()->decode_rows(&m.matrix, first_row, NULL, row_count, pllm_data(out), threads);
+    Py_END_ALLOW_THREADS
+    if (!pllm_succeeded(status))
+        Py_CLEAR(out);
+done:
+    release(&m);
+    return (PyObject *)out;
+}
+
+/* decode_row_list(packed, in_features, row_index, codec, scale, shift | None, threads) -> rows */
+static PyObject *decode_row_list(PyObject *self, PyObject *args)
+{
+    PyObject *packed, *codec, *scale, *shift, *index_obj;
+    PyArrayObject *out = NULL, *row_index = NULL;
+    Py_ssize_t in_features;
+    matrix_args m = {.codec = {.k = 0}};
+    int threads, status = -1;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OnOOOOi:decode_row_list", &packed, &in_features, &index_obj, &codec,
+                          &scale, &shift, &threads))
+        return NULL;
+    const npy_intp out_features = length_of(scale);
+    if (!take_matrix(&m, packed, out_features, in_features, codec, scale, shift) ||
+        !pllm_take(&row_index, index_obj, "row_index", NPY_INT64, 1, (npy_intp[]){-1}, "n") ||
+        !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS))
+        goto done;
+    const npy_intp n = PyArray_DIM(row_index, 0);
+    if (!rows_exist(pllm_data(row_index), n, out_features) ||
+        !pllm_new(&out, NPY_FLOAT32, 2, (npy_intp[]){n, in_features}))
+        goto done;
+
+    Py_BEGIN_ALLOW_THREADS
+    status = pllm_active()->decode_rows(&m.matrix, 0, pllm_data(row_index), n, pllm_data(out), threads);
+    Py_END_ALLOW_THREADS
+    if (!pllm_succeeded(status))
+        Py_CLEAR(out);
+done:
+    Py_XDECREF(row_index);
+    release(&m);
+    return (PyObject *)out;
+}
+
+/* matmul(x, packed, out_features, codec, scale, shift | None, bias | None, out | None, threads)
+ * -> product */
+static PyObject *matmul(PyObject *self, PyObject *args)
+{
+    PyObject *x_obj, *packed, *codec, *scale, *shift, *bias_obj, *out_obj;
+    PyArrayObject *x = NULL, *bias = NULL, *out = NULL;
+    Py_ssize_t out_features;
+    matrix_args m = {.codec = {.k = 0}};
+    int threads, status = -1;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOnOOOOOi:matmul", &x_obj, &packed, &out_features, &codec, &scale,
+                          &shift, &bias_obj, &out_obj, &threads))
+        return NULL;
+    if (!pllm_take(&x, x_obj, "x", NPY_FLOAT32, 2, (npy_intp[]){-1, -1}, "nc"))
+        goto done;
+    const npy_intp n = PyArray_DIM(x, 0);
+    if (!take_matrix(&m, packed, out_features, PyArray_DIM(x, 1), codec, scale, shift) ||
+        !pllm_take_optional(&bias, bias_obj, "bias", NPY_FLOAT32, 1, &m.matrix.out_features, "") ||
+        !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS) ||
+        !take_or_new(&out, out_obj, (npy_intp[]){n, out_features}))
+        goto done;
+
+    Py_BEGIN_ALLOW_THREADS
+    status = pllm_active()->matmul(&m.matrix, pllm_data(x), n, pllm_data(bias), pllm_data(out), threads);
+    Py_END_ALLOW_THREADS
+    if (!pllm_succeeded(status))
+        Py_CLEAR(out);
+done:
+    Py_XDECREF(x);
+    Py_XDECREF(bias);
+    release(&m);
+    return (PyObject *)out;
+}
+
 PyMethodDef pllm_infer_methods[] = {
+    {"decode_rows", decode_rows, METH_VARARGS, "Consecutive rows of a compressed matrix."},
+    {"decode_row_list", decode_row_list, METH_VARARGS, "Named rows of a compressed matrix."},
+    {"matmul", matmul, METH_VARARGS, "Activations times a compressed matrix, transposed."},
     {NULL, NULL, 0, NULL},
 };

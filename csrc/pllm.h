@@ -162,7 +162,7 @@ typedef int pllm_decode_rows_fn(const pllm_matrix *w, ptrdiff_t first_row, const
 typedef int pllm_matmul_fn(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias,
                            float *y, int threads);
 
-#define PLLM_INFER_KERNELS(X)
+#define PLLM_INFER_KERNELS(X) X(decode_rows) X(matmul)
 
 /* ---- training (coder.c, mlp.c, train.c) ------------------------------------------------------ */
 

@@ -1,5 +1,15 @@
 """Plain NumPy twins of every kernel: the same names and signatures, clear instead of fast."""
 
+from pocketllm.reference.inference import decode_row_list, decode_rows, matmul
 from pocketllm.reference.search import distances, index_max, nearest, pack, unpack
 
-__all__ = ["distances", "index_max", "nearest", "pack", "unpack"]
+__all__ = [
+    "decode_row_list",
+    "decode_rows",
+    "distances",
+    "index_max",
+    "matmul",
+    "nearest",
+    "pack",
+    "unpack",
+]
