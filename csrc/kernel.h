@@ -33,6 +33,8 @@ PLLM_ALL_KERNELS(PLLM_DECLARE)
 #else
 #define PLLM_UNROLL _Pragma("GCC unroll 16")
 #endif
+/* Hides from the compiler what a pointer points to, so that loads through it stay where they are. */
+#define PLLM_OPAQUE(pointer) __asm__("" : "+r"(pointer))
 #define PLLM_INLINE static inline __attribute__((always_inline))
 
 /* Uninitialised memory on a 64-byte boundary, or NULL. Release with free(). */

@@ -94,14 +94,20 @@ PLLM_INLINE void scan_group(const float *x, const float *blocks, int first, int 
                 for (int v = 0; v < VECTORS; v++)
                     score[k][v] = vf_set1(c[i + k]);
             }
+            const float *lanes = x;
+            PLLM_OPAQUE(lanes); /* or the compiler keeps all of x outside the loop and spills it */
             PLLM_UNROLL
             for (int j = 0; j < d; j++) {
+                vf xj[VECTORS];
+                PLLM_UNROLL
+                for (int v = 0; v < VECTORS; v++)
+                    xj[v] = vf_load(lanes + j * GROUP + v * VF_WIDTH);
                 PLLM_UNROLL
                 for (int k = 0; k < CODEWORDS; k++) {
                     vf cj = vf_set1(c[(j + 1) * BLOCK + i + k]);
                     PLLM_UNROLL
                     for (int v = 0; v < VECTORS; v++)
-                        score[k][v] = vf_fma(vf_load(x + j * GROUP + v * VF_WIDTH), cj, score[k][v]);
+                        score[k][v] = vf_fma(xj[v], cj, score[k][v]);
                 }
             }
             PLLM_UNROLL
@@ -127,18 +133,22 @@ PLLM_INLINE int32_t find_in_block(const pllm_codebook *cb, const float *x, int32
                                   const int d)
 {
     const float *c = cb->blocks + (size_t)block * (size_t)(d + 1) * BLOCK;
-    for (int i = 0; i < BLOCK; i += VF_WIDTH) {
-        vf score = vf_load(c + i);
+    vf score[BLOCK / VF_WIDTH];
+    uint32_t equal = 0;
+    PLLM_UNROLL
+    for (int i = 0; i < BLOCK / VF_WIDTH; i++)
+        score[i] = vf_load(c + i * VF_WIDTH);
+    PLLM_UNROLL
+    for (int j = 0; j < d; j++) {
         PLLM_UNROLL
-        for (int j = 0; j < d; j++)
-            score = vf_fma(vf_set1(x[j]), vf_load(c + (j + 1) * BLOCK + i), score);
-        unsigned equal = vm_bits(vf_eq(score, vf_set1(best)));
-        if (equal) {
-            int32_t k = block * BLOCK + i + __builtin_ctz(equal);
-            return k < cb->k ? k : block * BLOCK;
-        }
+        for (int i = 0; i < BLOCK / VF_WIDTH; i++)
+            score[i] = vf_fma(vf_set1(x[j]), vf_load(c + (j + 1) * BLOCK + i * VF_WIDTH), score[i]);
     }
-    return block * BLOCK;
+    PLLM_UNROLL
+    for (int i = 0; i < BLOCK / VF_WIDTH; i++)
+        equal |= vm_bits(vf_eq(score[i], vf_set1(best))) << (i * VF_WIDTH);
+    int32_t k = block * BLOCK + (equal ? __builtin_ctz(equal) : 0);
+    return k < cb->k ? k : block * BLOCK;
 }
 
 PLLM_INLINE float weighted_error(const pllm_codebook *cb, const float *x, int32_t k, const int d)
