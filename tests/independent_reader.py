@@ -1,0 +1,140 @@
+"""A reader of compressed checkpoints written from docs/FORMAT.md alone: standard library and NumPy.
+
+It shares no code with the package, on purpose: when both read a file alike, the document is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ELEMENT = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4", "BF16": "<u2", "I64": "<i8"}
+
+
+def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Decoded matrices by module name (float64), and the dense tensors by tensor name (raw)."""
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert quantization["quant_method"] == "pocketllm" and quantization["format_version"] == 1
+    raw, records = {}, set()
+    for path in weight_paths(folder):
+        header, data = read_safetensors(path)
+        metadata = header.pop("__metadata__")
+        assert metadata.keys() == {"format", "pocketllm"} and metadata["format"] == "pt"
+        records.add(metadata["pocketllm"])
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            raw[name] = (entry["dtype"], entry["shape"], data[start:stop])
+    (record,) = records
+    check_sums(json.loads(record), raw, quantization)
+
+    tensors = {
+        name: np.frombuffer(data, ELEMENT[dtype]).reshape(shape)
+        for name, (dtype, shape, data) in raw.items()
+    }
+    matrices: dict[str, np.ndarray] = {}
+    used = set()
+    for name, module in quantization["modules"].items():
+        if module["kind"] == "tied":
+            continue
+        used |= {f"{name}.weight", f"{name}.scale", f"{name}.shift"}
+        matrices[name] = decode_module(name, module, quantization["codecs"], tensors)
+    for name, module in quantization["modules"].items():
+        if module["kind"] == "tied":
+            matrices[name] = matrices[module["to"]]
+    dense = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in used and not name.startswith("pocketllm_codecs.")
+    }
+    return matrices, dense
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """The weight files."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a safetensors file."""
+    content = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", content)
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def check_sums(record: dict[str, Any], raw: dict[str, Any], quantization: dict[str, Any]) -> None:
+    """Compare every checksum."""
+    assert record["format_version"] == 1
+    assert record["crc32"].keys() == raw.keys()
+    for name, (dtype, shape, data) in raw.items():
+        text = f"{name}\n{dtype}\n{','.join(map(str, shape))}\n".encode()
+        assert f"{zlib.crc32(text + data):08x}" == record["crc32"][name], name
+    layout = {key: quantization[key] for key in ("codecs", "modules")}
+    text = json.dumps(layout, sort_keys=True, separators=(",", ":")).encode()
+    assert f"{zlib.crc32(text):08x}" == record["layout"]
+
+
+def decode_module(
+    name: str, module: dict[str, Any], codecs: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> np.ndarray:
+    """W of a module, float64."""
+    codec = codecs[module["codec"]]
+    rows, columns = module["shape"]
+    d, bits = codec["subvector"], codec["index_bits"]
+    assert bits == max(1, math.ceil(math.log2(codec["codebook"])))
+    count = math.ceil(columns / d)
+    stride = math.ceil(count * bits / 8)
+    payload = bytes(tensors[f"{name}.weight"])
+    assert len(payload) == rows * stride
+    bank = f"pocketllm_codecs.{module['codec']}"
+    result = np.empty((rows, columns))
+    for row in range(rows):
+        stream = int.from_bytes(payload[row * stride : (row + 1) * stride], "little")
+        index = [(stream >> (item * bits)) & ((1 << bits) - 1) for item in range(count)]
+        assert stream >> (count * bits) == 0 and max(index) < codec["codebook"]
+        if codec["storage"] == "decoder":
+            y = tensors[f"{bank}.codebook"].astype(np.float64)[index]
+            values = decoder(y, tensors[f"{bank}.decoder"].astype(np.float64), codec)
+        else:
+            values = tensors[f"{bank}.table"].astype(np.float64)[index]
+            if codec["storage"] == "table-int8":
+                values = values * float(tensors[f"{bank}.table_scale"][0])
+        result[row] = values.reshape(-1)[:columns]
+    if module["scale"]:
+        result *= tensors[f"{name}.scale"].astype(np.float64)[:, None]
+    if module["shift"]:
+        result += tensors[f"{name}.shift"].astype(np.float64)[:, None]
+    return result
+
+
+def decoder(y: np.ndarray, parameters: np.ndarray, codec: dict[str, Any]) -> np.ndarray:
+    """Sub-vectors (L, d) of one row from its codewords."""
+    h, d = codec["hidden"], codec["subvector"]
+
+    def mlp(number: int, x: np.ndarray) -> np.ndarray:
+        w = parameters[number * (2 * h * d + h + d) :]
+        w1, b1 = w[: h * d].reshape(h, d), w[h * d : h * d + h]
+        w = w[h * d + h :]
+        w2, b2 = w[: d * h].reshape(d, h), w[d * h : d * h + d]
+        t = x @ w1.T + b1
+        gelu = t * (1 + np.vectorize(math.erf)(t / math.sqrt(2))) / 2
+        return gelu @ w2.T + b2
+
+    def norm(x: np.ndarray) -> np.ndarray:
+        if codec["norm"] == "input":
+            return x
+        axis = None if codec["norm"] == "rln" else 1
+        mean = x.mean(axis, keepdims=True)
+        return (x - mean) / np.sqrt(x.var(axis, keepdims=True) + 1e-5)
+
+    y1 = y + mlp(1, norm(y))
+    y2 = norm(y1 + mlp(2, norm(y1)))
+    return mlp(0, y2)
