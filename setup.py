@@ -90,7 +90,7 @@ class BuildKernels(build_ext):
         )
 
     def compile_one(self, source: Path, variant: str, flags: list[str]) -> str:
-        """Compiles one source with these flags unless its object is newer than all it depends on."""
+        """Compiles one source unless its object is newer than everything it depends on."""
         command = [*self.compiler.compiler_so, *flags]
         key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:12]
         target = Path(self.build_temp, f"{variant}-{key}", source.stem + ".o")

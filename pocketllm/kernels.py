@@ -1,9 +1,10 @@
 """The C kernels on NumPy arrays. The only module that imports the extension.
 
-Arrays are float32 unless said otherwise. Strided arrays are accepted (they are copied); another dtype
-or shape is refused with a sentence like ``z: got float64 (3, 7), want float32 (n, 8)`` (TypeError for
-the dtype, ValueError for the shape). The GIL is released while a kernel runs. The number of threads is
-torch's when torch is imported, else OpenMP's; no result depends on it, nor on the instruction set.
+Arrays are float32 unless said otherwise. Strided arrays are accepted (they are copied); another
+dtype or shape is refused with a sentence like ``z: got float64 (3, 7), want float32 (n, 8)``
+(TypeError for the dtype, ValueError for the shape). The GIL is released while a kernel runs. The
+number of threads is torch's when torch is imported, else OpenMP's; no result depends on it, and no
+index or packed byte on the instruction set.
 Every function has a plain NumPy twin of the same name in :mod:`pocketllm.reference`.
 """
 
@@ -93,9 +94,9 @@ def nearest(
     """Index of the codeword with the smallest ``sum_j weight[j] (z[j] - c[j])**2 + bias``.
 
     Exact search in float32, lowest index on ties. Distances are compared as
-    ``(|c|**2 + bias) / 2 - z.c``: two codewords closer to each other in distance than the rounding of
-    ``|z| |c|`` may swap. A row of z with NaN or Inf in it gets some index in range; so does every row
-    when the codebook holds them.
+    ``(|c|**2 + bias) / 2 - z.c``: two codewords whose distances differ by less than the rounding
+    of ``|z| |c|`` may swap. A row of z with NaN or Inf in it gets some index in range; so does
+    every row when the codebook holds them.
 
     Args:
         z: (n, d) queries, d in 1..16.
@@ -114,8 +115,8 @@ def nearest(
 def pack(index: Ints, bits: int) -> Bytes:
     """Rows of indices as LSB-first bit streams, each row padded to whole bytes.
 
-    Index i of a row takes the row's bits ``i*bits .. (i+1)*bits - 1``; bit n is bit ``n % 8`` of byte
-    ``n // 8``. The bits behind the last index are zero.
+    Index i of a row takes the row's bits ``i*bits .. (i+1)*bits - 1``; bit n is bit ``n % 8`` of
+    byte ``n // 8``. The bits behind the last index are zero.
 
     Args:
         index: int32 (rows, L), each 0 .. 2**bits - 1.

@@ -16,8 +16,8 @@ def nearest(
 ) -> NDArray[np.int32] | tuple[NDArray[np.int32], NDArray[np.float32]]:
     """As :func:`pocketllm.kernels.nearest`, from the differences in float64.
 
-    z: (n, d); codebook: (K, d); weight: (d,); bias: (K,). Returns int32 (n,) and, with return_error,
-    float32 (n,).
+    z: (n, d); codebook: (K, d); weight: (d,); bias: (K,). Returns int32 (n,) and, with
+    return_error, float32 (n,).
     """
     distance = distances(z, codebook, weight=weight, bias=bias)
     index = distance.argmin(axis=1).astype(np.int32)
@@ -50,14 +50,13 @@ def pack(index: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
         raise ValueError(
             f"index: got a value outside 0..{(1 << bits) - 1}, want indices of {bits} bits"
         )
-    stream = (index[:, :, None] >> np.arange(bits)) & 1
-    return np.packbits(
-        stream.reshape(len(index), index.shape[1] * bits).astype(np.uint8), axis=1, bitorder="little"
-    )
+    digits = ((index[:, :, None] >> np.arange(bits)) & 1).astype(np.uint8)
+    stream = digits.reshape(len(index), index.shape[1] * bits)
+    return np.packbits(stream, axis=1, bitorder="little")
 
 
 def unpack(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.int32]:
-    """As :func:`pocketllm.kernels.unpack`: uint8 (rows, ceil(count * bits / 8)) to int32 (rows, count)."""
+    """As :func:`pocketllm.kernels.unpack`: uint8 (rows, stride) to int32 (rows, count)."""
     stream = np.unpackbits(packed, axis=1, count=count * bits, bitorder="little")
     digits = stream.reshape(len(packed), count, bits).astype(np.int32)
     return (digits << np.arange(bits, dtype=np.int32)).sum(axis=2, dtype=np.int32)
