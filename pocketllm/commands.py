@@ -225,6 +225,45 @@ def against(dtype: str, dense: int, compressed: int) -> str:
     return f"{text.size(compressed)}, {ratio} smaller than {dtype} ({text.size(dense)})"
 
 
+def run_eval(arguments: argparse.Namespace) -> None:
+    """Measure a model on texts and tasks."""
+    from .evaluate import evaluate
+
+    check_json(arguments.json)
+    figures = evaluate(
+        arguments.folder,
+        arguments.text,
+        arguments.tasks,
+        include_path=arguments.include_path,
+        limit=arguments.limit,
+        against=arguments.against,
+    )
+    print_figures(figures)
+    write_json(arguments.json, figures)
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    """Perplexities and divergences by text, metrics by task, and the model's size."""
+    columns = {"perplexity": "perplexity", "perplexity_dense": "dense", "kl": "KL", "top1": "top-1"}
+    columns = {key: title for key, title in columns.items() if figures.get(key)}
+    if columns:
+        rows = [
+            [name, *(f"{figures[key][name]:.4f}" for key in columns)]
+            for name in figures["perplexity"]
+        ]
+        print(text.table(["text", *columns.values()], rows) + "\n")
+    if figures["tasks"]:
+        rows = [
+            [task, metric, f"{value:.4f}"]
+            for task, metrics in figures["tasks"].items()
+            for metric, value in metrics.items()
+        ]
+        print(text.table(["task", "metric", "value"], rows) + "\n")
+    size = against("bf16", figures["bytes_bf16"], figures["bytes"])
+    bits = f"{figures['bits_per_weight']:.3f}"
+    print(text.facts([("weight files", size), ("bits per weight", bits)]))
+
+
 def run_verify(arguments: argparse.Namespace) -> None:
     """Read everything a compressed folder holds and check it."""
     from .checkpoint import open_checkpoint
