@@ -69,6 +69,14 @@ def check_json(path: str | None) -> None:
         raise PocketError(f"--json: {path} cannot be written")
 
 
+def run_demo(arguments: argparse.Namespace) -> None:
+    """The whole job on the model that ships with the package."""
+    from .demo import run_demo as run
+
+    check_json(arguments.json)
+    write_json(arguments.json, run(arguments.out))
+
+
 def run_compress(arguments: argparse.Namespace) -> None:
     """Compress a model, or with ``--dry-run`` say what that would take."""
     from .compressor import compress, plan
