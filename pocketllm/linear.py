@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +68,7 @@ class _Packed(nn.Module):
         device: torch.device | str | None,
     ) -> None:
         self.__dict__["_codec"] = codec
+        self.__dict__["_shape"] = (rows, columns)
         stride = row_stride_bytes(columns, codec.spec.subvector, codec.spec.index_bits)
         self.register_buffer("weight", torch.empty(rows * stride, dtype=torch.uint8, device=device))
         for name, present in (("scale", scale), ("shift", shift)):
@@ -77,7 +80,19 @@ class _Packed(nn.Module):
         """The codec, in the bank."""
         return self.__dict__["_codec"]
 
-    def _matrix(self, rows: int, columns: int) -> ops.Matrix:
+    def _arrays(self) -> ops.Arrays:
+        """The matrix as the kernels take it, kept until one of its tensors changes."""
+        own, shared = self._buffers, self.codec._buffers
+        tensors = (*own.values(), *shared.values())
+        state = [0 if t is None or t.is_inference() else t._version for t in tensors]
+        kept = self.__dict__.get("_kept")
+        if kept is None or kept[1] != state or any(map(operator.is_not, kept[0], tensors)):
+            kept = (tensors, state, ops.arrays_of(self.matrix()))
+            self.__dict__["_kept"] = kept
+        return kept[2]
+
+    def matrix(self) -> ops.Matrix:
+        """The weight as the operators take it."""
         codec, weight = self.codec, self.weight
         table = codec.table if codec.decoder is None else codec.codebook
         table_scale, decoder = codec.table_scale, codec.decoder
@@ -86,6 +101,7 @@ class _Packed(nn.Module):
                 None if t is None else t.to(weight.device) for t in (table, table_scale, decoder)
             )
         spec = codec.spec
+        rows, columns = self.__dict__["_shape"]
         return ops.Matrix(
             weight,
             self.scale,
@@ -100,7 +116,15 @@ class _Packed(nn.Module):
             spec.norm,
         )
 
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense matrix (out, in); of an embedding, without its multiplier."""
+        return ops.dequantise(self.matrix(), dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
+        self.__dict__.pop("_kept", None)
         return super()._apply(_keeping_dtype(fn, self._buffers.values()), recurse)
 
     def _packed_repr(self) -> str:
@@ -147,24 +171,20 @@ class PocketLinear(_Packed, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in) -> (..., out)."""
         kind = input.device.type
-        if torch.is_autocast_enabled(kind):
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         bias = self.bias
-        trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-        product = ops.matmul(
-            input.reshape(-1, self.in_features), self.matrix(), None if trained else bias
-        )
+        flat = input.dim() == 2
+        x = input if flat else input.reshape(-1, self.in_features)
+        learns = torch.is_grad_enabled()
+        trained = learns and bias is not None and bias.requires_grad
+        if ops.runs_directly(input) and not (trained or (learns and input.requires_grad)):
+            product = ops.matmul_direct(x, self._arrays(), bias)
+        else:
+            product = ops.matmul(x, self.matrix(), None if trained else bias)
         if trained:
             product = product + bias.to(product.dtype)
-        return product.view(*input.shape[:-1], self.out_features)
-
-    def matrix(self) -> ops.Matrix:
-        """The weight as the operators take it."""
-        return self._matrix(self.out_features, self.in_features)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight (out, in)."""
-        return ops.dequantise(self.matrix(), dtype)
+        return product if flat else product.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -215,14 +235,6 @@ class PocketEmbedding(_Packed, nn.Embedding):
             rows = rows * torch.tensor(self.multiplier, dtype=self.dtype, device=rows.device)
         return rows.view(*input.shape, self.embedding_dim)
 
-    def matrix(self) -> ops.Matrix:
-        """The rows as the operators take them."""
-        return self._matrix(self.num_embeddings, self.embedding_dim)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense rows (rows, columns), without the multiplier."""
-        return ops.dequantise(self.matrix(), dtype)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PocketEmbedding:
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
@@ -270,6 +282,9 @@ class PocketTiedLinear(PocketLinear):
     def matrix(self) -> ops.Matrix:
         """The embedding's matrix."""
         return self.__dict__["embedding"].matrix()
+
+    def _arrays(self) -> ops.Arrays:
+        return self.__dict__["embedding"]._arrays()
 
 
 def build(

@@ -60,11 +60,24 @@ class Matrix(NamedTuple):
     norm: str
 
 
-class _Arrays(NamedTuple):
+class Arrays(NamedTuple):
+    """A compressed matrix as the kernels take it.
+
+    Attributes:
+        packed: uint8 (rows * row stride,), over the tensor's memory.
+        scale: float32 (rows,).
+        shift: float32 (rows,), or None.
+        codec: the codec.
+        rows: out.
+        columns: in.
+    """
+
     packed: np.ndarray
     scale: np.ndarray
     shift: np.ndarray | None
     codec: CodecView
+    rows: int
+    columns: int
 
 
 def matmul(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
@@ -73,8 +86,6 @@ def matmul(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
     Returns (n, rows) in x's dtype. Differentiable with respect to x; a bias that needs a gradient
     is to be added by the caller.
     """
-    if _runs_directly(x) and not (x.requires_grad and torch.is_grad_enabled()):
-        return _matmul_cpu(x, matrix, bias)
     return torch.ops.pocketllm.matmul(x, bias, *matrix)
 
 
@@ -84,8 +95,8 @@ def embedding(index: Tensor, matrix: Matrix, dtype: torch.dtype) -> Tensor:
     Raises:
         IndexError: an index outside the matrix (CPU tensors).
     """
-    if _runs_directly(index):
-        return _rows_cpu(index, matrix).to(dtype)
+    if runs_directly(index):
+        return _rows_cpu(index, arrays_of(matrix)).to(dtype)
     return torch.ops.pocketllm.embedding(index, *matrix).to(dtype)
 
 
@@ -100,7 +111,7 @@ def dequantise(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
 def decode_tile(matrix: Matrix, first: int, last: int) -> Tensor:
     """Rows ``first`` to ``last - 1``: (last - first, columns) float32."""
     if matrix.weight.device.type == "cpu":
-        arrays = _arrays(matrix)
+        arrays = arrays_of(matrix)
         values = kernels.decode_rows(
             arrays.packed,
             matrix.columns,
@@ -114,8 +125,10 @@ def decode_tile(matrix: Matrix, first: int, last: int) -> Tensor:
     return decode_rows_torch(matrix, torch.arange(first, last, device=matrix.weight.device))
 
 
-def _runs_directly(tensor: Tensor) -> bool:
-    # The operators' dispatch costs as much as a small product: plain CPU tensors go without it.
+def runs_directly(tensor: Tensor) -> bool:
+    """Whether the kernels may be called without the operators, whose dispatch costs more than a
+    small product: on plain CPU tensors in eager mode.
+    """
     return (
         type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
     )
@@ -131,26 +144,26 @@ def _tiles(matrix: Matrix) -> Iterator[tuple[int, int]]:
 # ---- CPU: the C kernels -----------------------------------------------------------------------
 
 
-def _matmul_cpu(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
-    if not x.shape[0]:
-        return x.new_empty(0, matrix.rows)
-    arrays = _arrays(matrix)
-    values = x.detach().float().contiguous().numpy()
-    addend = None if bias is None else bias.detach().float().contiguous().numpy()
+def matmul_direct(x: Tensor, arrays: Arrays, bias: Tensor | None) -> Tensor:
+    """The product of :func:`matmul` on CPU tensors by the kernels, without gradients."""
     product = kernels.matmul(
-        values, arrays.packed, matrix.rows, arrays.codec, arrays.scale, arrays.shift, addend
+        _float32(x),
+        arrays.packed,
+        arrays.rows,
+        arrays.codec,
+        arrays.scale,
+        arrays.shift,
+        None if bias is None else _float32(bias),
     )
-    return torch.from_numpy(product).to(x.dtype)
+    result = torch.from_numpy(product)
+    return result if x.dtype is torch.float32 else result.to(x.dtype)
 
 
-def _rows_cpu(index: Tensor, matrix: Matrix) -> Tensor:
-    arrays = _arrays(matrix)
+def _rows_cpu(index: Tensor, arrays: Arrays) -> Tensor:
     rows = index.detach().contiguous().numpy()
-    if rows.size and not (rows.min() >= 0 and rows.max() < matrix.rows):
-        raise IndexError(f"index: got {rows.min()} to {rows.max()}, want 0 to {matrix.rows - 1}")
     return torch.from_numpy(
         kernels.decode_row_list(
-            arrays.packed, matrix.columns, rows, arrays.codec, arrays.scale, arrays.shift
+            arrays.packed, arrays.columns, rows, arrays.codec, arrays.scale, arrays.shift
         )
     )
 
@@ -189,14 +202,16 @@ def _stamp(tensor: Tensor | None) -> tuple[int, int] | None:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
-def _arrays(matrix: Matrix) -> _Arrays:
+def arrays_of(matrix: Matrix) -> Arrays:
     """The matrix as the kernels take it; conversions are made once."""
     stamp = tuple([_stamp(tensor) for tensor in matrix[:6]])
     arrays = _matrices.get(matrix.weight, stamp)
     if arrays is None:
         scale = np.ones(matrix.rows, np.float32) if matrix.scale is None else _float32(matrix.scale)
         shift = None if matrix.shift is None else _float32(matrix.shift)
-        arrays = _Arrays(_numpy(matrix.weight), scale, shift, _codec(matrix))
+        arrays = Arrays(
+            _numpy(matrix.weight), scale, shift, _codec(matrix), matrix.rows, matrix.columns
+        )
         _matrices.put(matrix.weight, stamp, arrays)
     return arrays
 
@@ -225,7 +240,8 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 def _float32(tensor: Tensor) -> np.ndarray:
-    return _numpy(tensor).astype(np.float32)
+    tensor = tensor.detach()
+    return (tensor if tensor.dtype is torch.float32 else tensor.float()).contiguous().numpy()
 
 
 # ---- every device: plain PyTorch --------------------------------------------------------------
@@ -297,7 +313,9 @@ def matmul_torch(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tenso
 )
 def _matmul(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
     matrix = Matrix(*parts)
-    return _matmul_cpu(x, matrix, bias) if x.device.type == "cpu" else matmul_torch(x, matrix, bias)
+    if x.device.type == "cpu":
+        return matmul_direct(x, arrays_of(matrix), bias)
+    return matmul_torch(x, matrix, bias)
 
 
 @_matmul.register_fake
@@ -349,7 +367,9 @@ _matmul.register_autograd(_backward_matmul, setup_context=_setup_matmul)
 def _embedding(index: Tensor, *parts: Any) -> Tensor:
     matrix = Matrix(*parts)
     return (
-        _rows_cpu(index, matrix) if index.device.type == "cpu" else decode_rows_torch(matrix, index)
+        _rows_cpu(index, arrays_of(matrix))
+        if index.device.type == "cpu"
+        else decode_rows_torch(matrix, index)
     )
 
 

@@ -1,6 +1,7 @@
 """A reader of compressed checkpoints written from docs/FORMAT.md alone: standard library and NumPy.
 
-It shares no code with the package, on purpose: when both read a file alike, the document is complete.
+It shares no code with the package, on purpose: when both read a file alike, the document is
+complete.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def test_index_bits() -> None:
 
 
 def test_by_hand(tmp_path: Path) -> None:
-    """Two rows written with pen and paper: indices 1, 2, 3 and 0, 3, 1 of two bits, d = 2, in = 5."""
+    """Two rows with pen and paper: indices 1, 2, 3 and 0, 3, 1 of two bits, d = 2, in = 5."""
     codec = random_codec("c", 2, 4)
     table = np.array([[0, 1], [2, 3], [4, 5], [-6, 7]], np.int8)
     codec = CodecData(codec.spec, {"table": table, "table_scale": np.array([0.5], np.float32)})
