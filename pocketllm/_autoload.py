@@ -1,8 +1,9 @@
-"""Make transformers know pocketllm checkpoints without an explicit import.
+"""Make transformers and lm-eval know pocketllm without an explicit import.
 
 torch calls :func:`install` when it is imported (entry point of the group ``torch.backends``), and
 so does ``import pocketllm``. It imports nothing heavy: it waits for transformers' registry of
-quantizers to be imported and registers then. Nothing here may raise: ``import torch`` would fail.
+quantizers and lm-eval's of models to be imported and registers then. Nothing here may raise:
+``import torch`` would fail.
 """
 
 from __future__ import annotations
@@ -15,55 +16,73 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-REGISTRY = "transformers.quantizers.auto"
-# The last thing the registry module defines: with it in place the module is whole.
-LAST_NAME = "get_hf_quantizer"
+# Registry -> the last thing its module defines: with it in place the module is whole.
+REGISTRIES = {"transformers.quantizers.auto": "get_hf_quantizer", "lm_eval.models": "__all__"}
 
 
 def install() -> None:
-    """Register with transformers now, if its registry is imported, or as soon as it is."""
-    if _registry_is_whole():
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Register with every registry that is imported, and with the others as soon as they are."""
+    waiting = {name for name in REGISTRIES if not _is_whole(name)}
+    for name in REGISTRIES.keys() - waiting:
+        _register(name)
+    if waiting and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(waiting))
 
 
-def _registry_is_whole() -> bool:
-    return hasattr(sys.modules.get(REGISTRY), LAST_NAME)
+def _is_whole(name: str) -> bool:
+    return hasattr(sys.modules.get(name), REGISTRIES[name])
 
 
-def _register() -> None:
+def _register(name: str) -> None:
+    package = name.partition(".")[0]
     try:
-        from . import hf
+        if package == "lm_eval":
+            _register_with_lm_eval()
+        else:
+            from . import hf
 
-        hf.register()
-    except Exception as error:  # an incompatible transformers must not break torch or transformers
-        warnings.warn(f"pocketllm cannot register with transformers: {error}", stacklevel=2)
+            hf.register()
+    except Exception as error:  # an incompatible version must not break torch or the package
+        warnings.warn(f"pocketllm cannot register with {package}: {error}", stacklevel=2)
+
+
+def _register_with_lm_eval() -> None:
+    """Enter the model type under its name; the class is imported when it is asked for."""
+    from lm_eval.api.registry import model_registry
+
+    if "pocketllm" not in model_registry:
+        model_registry.register("pocketllm", target="pocketllm.lm_eval_plugin:PocketLM")
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Sees the registry's import, lets the other finders do it, and registers after it."""
+    """Sees a registry's import, lets the other finders do it, and registers after it."""
+
+    def __init__(self, waiting: set[str]) -> None:
+        self._waiting = waiting
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """None for everything but the registry."""
-        if _registry_is_whole():
-            self._remove()
-            _register()
-        elif fullname == REGISTRY and fullname not in sys.modules:
-            self._remove()
+        """None for everything but the registries."""
+        for name in [name for name in self._waiting if _is_whole(name)]:
+            self._done(name)
+            _register(name)
+        if fullname in self._waiting and fullname not in sys.modules:
+            self._done(fullname)
             for finder in sys.meta_path:
                 find = getattr(finder, "find_spec", None)
-                spec = find(fullname, path, target) if find is not None else None
+                if finder is self or find is None:
+                    continue
+                spec = find(fullname, path, target)
                 if spec is not None:
                     if spec.loader is not None:
                         spec.loader = _Loader(spec.loader)
                     return spec
         return None
 
-    def _remove(self) -> None:
-        if self in sys.meta_path:
+    def _done(self, name: str) -> None:
+        self._waiting.discard(name)
+        if not self._waiting and self in sys.meta_path:
             sys.meta_path.remove(self)
 
 
@@ -86,4 +105,4 @@ class _Loader(importlib.abc.Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _register()
+        _register(module.__name__)

@@ -82,8 +82,8 @@ def token_windows(
     """The text as windows of tokens, (windows, window) int64.
 
     The tokens after the last whole window are left out; a text shorter than one window is one
-    window of its own length. Of more than ``max_windows``, that many are taken, evenly spread:
-    window i is number ``floor(i * windows / max_windows)``.
+    window of its own length. Of more than ``max_windows``, that many are taken, evenly spread from
+    the first to the last: the i-th is number ``floor(i * (windows - 1) / (max_windows - 1))``.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -108,7 +108,8 @@ def token_windows(
     count = tokens.numel() // window
     windows = tokens[: count * window].view(count, window)
     if max_windows is not None and max_windows < count:
-        windows = windows[[i * count // max_windows for i in range(max_windows)]]
+        steps = max(1, max_windows - 1)
+        windows = windows[[i * (count - 1) // steps for i in range(max_windows)]]
     return windows
 
 
