@@ -35,6 +35,7 @@ ONCE = [
 PER_ISA = [
     "isa_table.c",
     "coder.c",
+    "feedback.c",
     "infer.c",
     "mlp.c",
     "pack.c",

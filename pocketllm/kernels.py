@@ -432,3 +432,22 @@ def cluster_sums(
 
 
 # ---- encoding with error feedback -------------------------------------------------------------
+
+
+def encode_feedback(x: Floats, table: Floats, metric: Floats, feedback: Floats) -> Ints:
+    """Choose the sub-vectors of each row in order, feeding every error into the later targets.
+
+    ``q[l] = x[l] + sum over m < l of (x[m] - table[index[m]]) @ feedback[m, l]``, and ``index[l]`` is
+    the entry t of the smallest ``(q[l] - t) @ metric[l] @ (q[l] - t)``, lowest index on ties, where
+    x[l] are the columns ``l*d .. l*d + d - 1`` and feedback[m, l] is the (d, d) block.
+
+    Args:
+        x: (rows, L*d) normalised rows, columns in the order of encoding.
+        table: (K, d), d in 1..16, K in 1..65536.
+        metric: (L, d, d), symmetric and positive definite.
+        feedback: (L*d, L*d); only blocks above the diagonal are read.
+
+    Returns:
+        int32 (rows, L).
+    """
+    return _kernels.encode_feedback(x, table, metric, feedback, _threads())

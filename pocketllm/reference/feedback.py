@@ -1,0 +1,26 @@
+"""Encoding with error feedback."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def encode_feedback(
+    x: NDArray[np.float32],
+    table: NDArray[np.float32],
+    metric: NDArray[np.float32],
+    feedback: NDArray[np.float32],
+) -> NDArray[np.int32]:
+    """Twin of :func:`pocketllm.kernels.encode_feedback`, in float64."""
+    rows, d = len(x), table.shape[1]
+    entries = table.astype(np.float64)
+    error = np.zeros(x.shape)
+    index = np.zeros((rows, len(metric)), np.int32)
+    for l, inner in enumerate(metric.astype(np.float64)):
+        here = slice(l * d, l * d + d)
+        target = x[:, here] + error[:, : l * d] @ feedback[: l * d, here].astype(np.float64)
+        gap = target[:, None] - entries
+        index[:, l] = np.einsum("rka,ab,rkb->rk", gap, inner, gap).argmin(1)
+        error[:, here] = x[:, here] - entries[index[:, l]]
+    return index
