@@ -100,20 +100,22 @@ def plot_size_quality(
     values = [point.perplexity for point in ordered]
     axes.plot(sizes, values, color=LINE, linewidth=2, marker="o", markersize=6, clip_on=False)
     for dense in (point for point in ordered if point.bits_per_weight is None):
-        axes.axhline(dense.perplexity, color=MUTED, linewidth=1, linestyle=(0, (4, 4)), zorder=0)
+        axes.axhline(dense.perplexity, color=MUTED, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
     for point, size, value in zip(ordered, sizes, values, strict=True):
         last = point is ordered[-1] and len(ordered) > 1
         axes.annotate(
             f"{point.label}\n{size:.3g} {unit}, {value:.4g}",
             (size, value),
-            xytext=(-8 if last else 8, 8),
+            # The curve falls from left to right: above it on its left end, below it on its right.
+            xytext=(-8, -8) if last else (8, 8),
             textcoords="offset points",
             horizontalalignment="right" if last else "left",
+            verticalalignment="top" if last else "bottom",
             fontsize=9,
             color=INK,
         )
     axes.set_xlim(left=0)
-    axes.margins(y=0.2)
+    axes.margins(y=0.25)
     axes.set_xlabel(f"weight files, {unit}", color=INK)
     axes.set_ylabel(f"perplexity on {text_name} (lower is better)", color=INK)
     axes.set_title(title, loc="left", fontsize=11, color=INK)
