@@ -1,0 +1,423 @@
+"""Compression from end to end: train the codecs, encode every matrix, write the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from . import __version__, kernels
+from .calibrate import Calibrator, read_windows
+from .checkpoint import open_checkpoint
+from .checkpoint_write import CodecData, ModuleData, check_output, write_checkpoint
+from .config import PocketConfig
+from .dense import load_model, load_tokenizer, meta_model, source_folder
+from .encode import encode_rows
+from .errors import PocketError
+from .layout import Rows, Target, matrix_of, normalise
+from .planning import WINDOW, Plan, make_plan, predict_time
+from .schema import ModuleSpec
+from .stored import StoredCodec, train_stored_codec
+from .tensorfile import LazyTensor, TensorSource
+from .workspace import Workspace, fingerprint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.bool: "BOOL",
+}
+# Sub-vectors a codec is trained on: this many, or so many a codeword, whichever is more.
+TRAINING_SUBVECTORS = 2**18
+TRAINING_PER_CODEWORD = 64
+# A dense matrix is worth a warning above this share of the file.
+DENSE_SHARE = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressResult:
+    """What a compression made.
+
+    Attributes:
+        out: the checkpoint folder.
+        bits_per_weight: over the compressed matrices, codecs and scales included.
+        bytes: size of all weight files.
+        bytes_bf16: the dense model in bf16.
+        seconds: wall time.
+        peak_memory: highest resident size of the process in bytes.
+        errors: module name -> relative squared error of its weights.
+        output_errors: module name -> the same weighted by the calibration second moments; empty
+            without calibration.
+        warnings: sentences a user should read, such as collapsed codebooks or large dense parts.
+    """
+
+    out: Path
+    bits_per_weight: float
+    bytes: int
+    bytes_bf16: int
+    seconds: float
+    peak_memory: int
+    errors: dict[str, float]
+    output_errors: dict[str, float]
+    warnings: list[str]
+
+
+def compress(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: PocketConfig | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> CompressResult:
+    """Compress a Hugging Face causal LM into a checkpoint folder.
+
+    Args:
+        model: a model folder or a hub name.
+        out: the folder to make; it must not exist.
+        config: settings; 3 bits per weight without calibration when None.
+        resume: continue an unfinished compression of the same job beside ``out``. The result is
+            the same, byte for byte, as that of an undisturbed run.
+        progress: show progress bars.
+
+    Raises:
+        PocketError: bad input, an unmet request, or a place that cannot be written; nothing
+            half-written is left under ``out``.
+    """
+    started = time.monotonic()
+    config = config or PocketConfig()
+    path = check_output(out)
+    folder = source_folder(model)
+    _check_calibration(config)
+    with _threads(config.workers):
+        net = load_model(folder)
+        plan = make_plan(net, config)
+        job = {"version": __version__, "source": fingerprint(folder), **_job_settings(config)}
+        workspace = Workspace(path, job, resume=resume)
+        run = Compression(net, folder, config, plan, workspace, progress)
+        codecs, modules = run.encode_all()
+        write_checkpoint(
+            path,
+            modules=modules,
+            codecs=codecs,
+            dense_tensors=_dense_tensors(net, plan.targets),
+            config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+            quantization=_record(config, plan),
+            copy_from=folder,
+        )
+        workspace.remove()
+    checkpoint = open_checkpoint(path, check=False)
+    return CompressResult(
+        out=path,
+        bits_per_weight=checkpoint.bits_per_weight,
+        bytes=checkpoint.bytes,
+        bytes_bf16=checkpoint.bytes_bf16,
+        seconds=time.monotonic() - started,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        errors=run.errors,
+        output_errors=run.output_errors,
+        warnings=run.warnings + _dense_warnings(plan, checkpoint.bytes),
+    )
+
+
+def plan(model: str | os.PathLike[str], config: PocketConfig | None = None) -> Plan:
+    """What ``compress`` would do with these arguments: shapes, size, memory and time.
+
+    Raises:
+        PocketError: as ``compress`` would, for everything that is known before the work.
+    """
+    config = config or PocketConfig()
+    folder = source_folder(model)
+    _check_calibration(config)
+    with _threads(config.workers):
+        result = make_plan(meta_model(folder), config)
+        result.seconds = predict_time(result, config)
+    return result
+
+
+class Compression:
+    """One run over a loaded model: its codecs, then its matrices, every finished part kept.
+
+    Attributes:
+        errors: module name -> relative squared error of the weights encoded so far.
+        output_errors: the same under the calibration second moments.
+        warnings: sentences for the user.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: Path,
+        config: PocketConfig,
+        plan: Plan,
+        workspace: Workspace,
+        progress: bool,
+    ) -> None:
+        self.model = model
+        self.folder = folder
+        self.config = config
+        self.plan = plan
+        self.workspace = workspace
+        self.errors: dict[str, float] = {}
+        self.output_errors: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self.codecs: dict[str, StoredCodec] = {}
+        self._modules: dict[str, ModuleData] = {}
+        self._bar = tqdm(total=plan.weights, unit="w", unit_scale=True, disable=not progress)
+        self._targets = {t.name: t for t in plan.targets}
+
+    def encode_all(self) -> tuple[list[CodecData], list[ModuleData]]:
+        """Train every codec and encode every matrix; returns what the file stores."""
+        with self._bar:
+            self._check_dense()
+            for number, name in enumerate(self.plan.codecs):
+                self.codecs[name] = self._codec(name, f"codec-{number:04d}")
+            if self.config.calibration is None:
+                for target in self.plan.targets:
+                    self._encode(target, None)
+            else:
+                self._encode_calibrated()
+        codecs = [CodecData(c.spec, c.parts) for c in self.codecs.values()]
+        return codecs, [self._modules[t.name] for t in self.plan.targets]
+
+    def _encode_calibrated(self) -> None:
+        config = self.config
+        assert config.calibration is not None
+        windows = read_windows(
+            config.calibration, load_tokenizer(self.folder), config.calibration_windows, WINDOW
+        )
+        with Calibrator(self.model, windows, self._targets, workers=config.workers) as calibrator:
+            for layer in calibrator.layers():
+                self._bar.set_postfix_str(f"calibrating {layer.name}")
+                done = all(self._load(self._targets[name]) for name in layer.targets)
+                moments = {} if done else layer.hessians()
+                for name in layer.targets:
+                    self._encode(self._targets[name], moments.get(name))
+                    self._replace_weight(self._targets[name])
+            rest = [t for t in self.plan.targets if t.name not in self._modules]
+            moment = calibrator.head_hessian() if rest else None
+        for target in rest:
+            self._encode(target, moment if target.kind in ("embedding", "linear") else None)
+
+    def _codec(self, name: str, part: str) -> StoredCodec:
+        """The trained codec, from the workspace or made now."""
+        spec = self.plan.codecs[name]
+        arrays = self.workspace.load(part)
+        if arrays is None:
+            self._bar.set_postfix_str(f"training {name}")
+            groups = self._training_rows(name)
+            trained = train_stored_codec(groups, spec, self.config, self._codec_progress(name))
+            self.warnings += [f"{name}: {w}" for w in trained.warnings]
+            arrays = trained.arrays()
+            self.workspace.store(part, arrays)
+        return StoredCodec.from_arrays(spec, arrays)
+
+    def _training_rows(self, name: str) -> list[np.ndarray]:
+        """Normalised rows of the codec's matrices, a seeded sample, grouped by length."""
+        owners = [t for t in self.plan.targets if self.plan.codec_of[t.name] == name]
+        owners = [t for t in owners if not t.tied_to]
+        spec = self.plan.codecs[name]
+        total = sum(t.shape[0] * -(-t.shape[1] // spec.subvector) for t in owners)
+        share = min(1.0, max(TRAINING_SUBVECTORS, TRAINING_PER_CODEWORD * spec.codebook) / total)
+        groups: dict[int, list[np.ndarray]] = {}
+        rng = np.random.default_rng([self.config.seed, 1])
+        for target in owners:
+            weight = matrix_of(self.model.get_submodule(target.name), target.kind)
+            count = max(1, round(share * len(weight)))
+            if count < len(weight):
+                weight = weight[np.sort(rng.choice(len(weight), count, replace=False))]
+            rows = self._normalised(target, weight, spec.subvector)
+            groups.setdefault(rows.values.shape[1], []).append(rows.values)
+        return [np.concatenate(parts) for _, parts in sorted(groups.items())]
+
+    def _normalised(self, target: Target, weight: np.ndarray, subvector: int) -> Rows:
+        try:
+            return normalise(
+                weight,
+                subvector,
+                row_scale=self.config.row_scale,
+                row_shift=self.config.row_shift,
+            )
+        except PocketError as error:
+            raise PocketError(f"{target.name}: {error}") from error
+
+    def _codec_progress(self, name: str) -> Callable[[float, str], None]:
+        def show(share: float, what: str) -> None:
+            self._bar.set_postfix_str(f"{name}: {what} {share:.0%}")
+
+        return show
+
+    def _encode(self, target: Target, hessian: np.ndarray | None) -> None:
+        """Encode one matrix and keep the part, unless the workspace has it."""
+        if self._load(target):
+            return
+        self._bar.set_postfix_str(target.name)
+        codec = self.codecs[self.plan.codec_of[target.name]]
+        weight = matrix_of(self.model.get_submodule(target.name), target.kind)
+        rows = self._normalised(target, weight, codec.spec.subvector)
+        encoded = encode_rows(rows, weight, codec, hessian if self.config.feedback else None)
+        arrays = {
+            "packed": kernels.pack(encoded.index, codec.spec.index_bits).reshape(-1),
+            "errors": np.array([encoded.error, encoded.output_error], np.float64),
+        }
+        if encoded.scale is not None and self.config.row_scale:
+            arrays["scale"] = encoded.scale
+        if encoded.shift is not None:
+            arrays["shift"] = encoded.shift
+        self.workspace.store(_part(target), arrays)
+        self._take(target, arrays)
+
+    def _load(self, target: Target) -> bool:
+        """Take a matrix from the workspace; False when it is not there. A tied one needs none."""
+        if target.name in self._modules:
+            return True
+        if target.tied_to:
+            self._modules[target.name] = ModuleData(self._spec(target))
+            return True
+        arrays = self.workspace.load(_part(target))
+        if arrays is None:
+            return False
+        self._take(target, arrays)
+        return True
+
+    def _take(self, target: Target, arrays: dict[str, np.ndarray]) -> None:
+        self._modules[target.name] = ModuleData(
+            self._spec(target), arrays["packed"], arrays.get("scale"), arrays.get("shift")
+        )
+        error, output_error = (float(e) for e in arrays["errors"])
+        self.errors[target.name] = error
+        if np.isfinite(output_error):
+            self.output_errors[target.name] = output_error
+        self._bar.update(target.weights)
+
+    def _spec(self, target: Target) -> ModuleSpec:
+        weight = self.model.get_submodule(target.name).weight
+        return ModuleSpec(
+            target.name,
+            target.kind,
+            target.shape,
+            codec=None if target.tied_to else self.plan.codec_of[target.name],
+            scale=self.config.row_scale,
+            shift=self.config.row_shift,
+            dtype=str(weight.dtype).removeprefix("torch."),
+            tied_to=target.tied_to,
+        )
+
+    def _replace_weight(self, target: Target) -> None:
+        """Put the decoded matrix into the model, so that later layers see its errors."""
+        data = self._modules[target.name]
+        assert data.packed is not None
+        codec = self.codecs[self.plan.codec_of[target.name]]
+        decoded = kernels.decode_rows(
+            data.packed,
+            target.shape[1],
+            0,
+            target.shape[0],
+            codec.view,
+            None if data.scale is None else data.scale.astype(np.float32),
+            None if data.shift is None else data.shift.astype(np.float32),
+        )
+        weight = self.model.get_submodule(target.name).weight
+        weight.data.copy_(torch.from_numpy(decoded.T if target.kind == "conv1d" else decoded))
+
+    def _check_dense(self) -> None:
+        """Refuse NaN or Inf in what stays dense; matrices are checked when they are normalised."""
+        compressed = {f"{t.name}.weight" for t in self.plan.targets}
+        for name, parameter in self.model.named_parameters():
+            if name not in compressed and not torch.isfinite(parameter).all():
+                raise PocketError(f"{name}: holds NaN or Inf, the source model is damaged")
+
+
+def _part(target: Target) -> str:
+    return f"matrix-{target.name}"
+
+
+def _dense_tensors(model: nn.Module, targets: Sequence[Target]) -> dict[str, TensorSource]:
+    """Everything of the model that stays as it is, tied tensors once."""
+    compressed = {f"{t.name}.weight" for t in targets}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tensors: dict[str, TensorSource] = {}
+    for name, tensor in model.state_dict().items():
+        if name not in compressed and name not in tied:
+            tensors[name] = LazyTensor(DTYPES[tensor.dtype], tuple(tensor.shape), _bytes_of(tensor))
+    return tensors
+
+
+def _bytes_of(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
+    return lambda: tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _record(config: PocketConfig, plan: Plan) -> dict[str, Any]:
+    """How the checkpoint was made, for its quantization_config."""
+    calibration = None
+    if config.calibration is not None:
+        calibration = {
+            "file": Path(config.calibration).name,
+            "windows": config.calibration_windows,
+            "window": WINDOW,
+            "feedback": config.feedback,
+        }
+    return {
+        "seed": config.seed,
+        "calibration": calibration,
+        "modules_to_not_convert": sorted({d.name.removesuffix(".weight") for d in plan.dense}),
+    }
+
+
+def _dense_warnings(plan: Plan, total: int) -> list[str]:
+    """One sentence for every large matrix that stays dense for another reason than being named."""
+    warnings = []
+    reasons: dict[str, int] = {}
+    for dense in plan.dense:
+        reasons[dense.reason] = reasons.get(dense.reason, 0) + 2 * dense.weights
+    for reason, size in sorted(reasons.items()):
+        if size > DENSE_SHARE * total:
+            names = [d.name for d in plan.dense if d.reason == reason]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            warnings.append(
+                f"{names[0]}{more} stay dense ({reason}): {size / total:.0%} of the file"
+            )
+    return warnings
+
+
+def _job_settings(config: PocketConfig) -> dict[str, Any]:
+    """The settings a result depends on."""
+    settings = config.to_dict()
+    del settings["workers"]
+    if config.calibration is not None:
+        settings["calibration"] = hashlib.sha256(Path(config.calibration).read_bytes()).hexdigest()
+    return settings
+
+
+def _check_calibration(config: PocketConfig) -> None:
+    if config.calibration is not None and not Path(config.calibration).is_file():
+        raise PocketError(f"calibration: no file {config.calibration!r}, give a text file")
+
+
+@contextmanager
+def _threads(workers: int | None) -> Iterator[None]:
+    """Run with the wanted number of threads in torch and, through it, in the kernels."""
+    before = torch.get_num_threads()
+    if workers is not None:
+        torch.set_num_threads(workers)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

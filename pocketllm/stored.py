@@ -1,0 +1,142 @@
+"""A codec as the file stores it: trained, folded where it can be, and rounded to its stored form.
+
+What is rounded here is what encoding searches, so that the reader decodes exactly what was chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .codec import Codec, refine_table, train_codec
+from .config import PocketConfig
+from .kernels import CodecView
+from .schema import CodecSpec
+
+# Epochs by default: the first steps from the k-means start are the ones that count.
+EPOCHS = 10
+REFINE_ITERATIONS = 6
+INT8_MAX = 127
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredCodec:
+    """A codec in its stored form.
+
+    Attributes:
+        spec: its description.
+        parts: tensors of the file (see :class:`pocketllm.schema.CodecSpec`).
+        encoder: flat float32 parameters, for codecs that are not folded; never stored in the file.
+        warnings: sentences for the user.
+    """
+
+    spec: CodecSpec
+    parts: dict[str, np.ndarray]
+    encoder: np.ndarray | None = None
+    warnings: Sequence[str] = ()
+
+    @property
+    def table(self) -> np.ndarray:
+        """(K, d) float32: the folded table, or the codebook of a codec with a decoder."""
+        if "table_scale" in self.parts:
+            return self.parts["table"].astype(np.float32) * self.parts["table_scale"]
+        return self.parts["table" if "table" in self.parts else "codebook"].astype(np.float32)
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of a decoder that is not folded, in its stored precision."""
+        assert self.encoder is not None
+        return Codec(
+            self.spec.subvector,
+            self.spec.hidden,
+            self.spec.norm,
+            self.encoder,
+            self.parts["decoder"].astype(np.float32),
+            self.table,
+        )
+
+    @property
+    def view(self) -> CodecView:
+        """What the decoding kernels take."""
+        from .checkpoint import codec_view
+
+        return codec_view(self.spec, self.parts)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything needed to restore it."""
+        return self.parts if self.encoder is None else {**self.parts, "encoder": self.encoder}
+
+    @classmethod
+    def from_arrays(cls, spec: CodecSpec, arrays: dict[str, np.ndarray]) -> StoredCodec:
+        """Restore what ``arrays`` returned."""
+        parts = {name: array for name, array in arrays.items() if name != "encoder"}
+        return cls(spec, parts, arrays.get("encoder"))
+
+
+def train_stored_codec(
+    groups: Sequence[np.ndarray],
+    spec: CodecSpec,
+    config: PocketConfig,
+    progress: Callable[[float, str], None] | None = None,
+) -> StoredCodec:
+    """Train a codec on normalised rows and bring it into its stored form.
+
+    Args:
+        groups: matrices of normalised rows (R, L*d) float32, one for each row length.
+        spec: what is to be stored.
+        config: training settings.
+        progress: called with the share of the work done and what is being done.
+
+    Raises:
+        PocketError: fewer sub-vectors than codewords.
+    """
+    foldable = spec.storage != "decoder"
+    result = train_codec(
+        _recut(groups, spec.subvector) if foldable else groups[0],
+        subvector=spec.subvector,
+        codewords=spec.codebook,
+        hidden=spec.hidden,
+        norm=spec.norm,
+        init=config.codebook_init,
+        epochs=config.epochs or EPOCHS,
+        batch=config.batch,
+        lr=config.learning_rate,
+        codebook_loss=config.codebook_loss,
+        seed=config.seed,
+        progress=progress,
+    )
+    codec = result.codec
+    if not foldable:
+        parts = {
+            "codebook": codec.codebook.astype(np.float16),
+            "decoder": codec.decoder.astype(np.float16),
+        }
+        return StoredCodec(spec, parts, codec.encoder, result.warnings)
+    table = refine_table(
+        codec.fold(),
+        _recut(groups, spec.subvector),
+        iterations=REFINE_ITERATIONS,
+        seed=config.seed,
+    )
+    return StoredCodec(spec, round_table(table, spec.storage), None, result.warnings)
+
+
+def round_table(table: np.ndarray, storage: str) -> dict[str, np.ndarray]:
+    """A float32 table (K, d) as the tensors of ``"table-int8"`` or ``"table-float16"``."""
+    if storage == "table-float16":
+        return {"table": table.astype(np.float16)}
+    largest = float(np.abs(table).max())
+    scale = np.float32(largest / INT8_MAX if largest > 0 else 1.0)
+    return {
+        "table": np.rint(table / scale).astype(np.int8),
+        "table_scale": np.array([scale], np.float32),
+    }
+
+
+def _recut(groups: Sequence[np.ndarray], subvector: int) -> np.ndarray:
+    """All sub-vectors as rows of one length: without RLN inside, rows mean nothing by themselves."""
+    length = math.gcd(*(rows.shape[1] // subvector for rows in groups)) * subvector
+    return np.concatenate([rows.reshape(-1, length) for rows in groups])
