@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -13,8 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_llama
 import torch
@@ -22,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from pocketllm import cli
 from pocketllm.checkpoint import open_checkpoint
+from pocketllm.workspace import Workspace
 
-CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 SETTINGS = {"calibration_windows": 4, "epochs": 2}
 
@@ -76,14 +77,13 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def start(arguments: list[str], prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+def start(arguments: list[str]) -> subprocess.Popen[str]:
     """A command in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "pocketllm", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=prepare,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "POCKETLLM_DEBUG": "0"},
     )
 
@@ -116,7 +116,7 @@ def test_whole_chain(
     assert inspected["bytes"] == sum(files)
     weights = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
     assert inspected["bytes_bf16"] == 2 * weights
-    assert inspected["bits_per_weight"] == pytest.approx(3.5, abs=0.1)
+    assert 2 < inspected["bits_per_weight"] <= 3.5
     assert sum(row["bytes"] for row in inspected["tensors"]) < inspected["bytes"]
 
     capsys.readouterr()
@@ -179,94 +179,107 @@ def test_target_size_is_met(model: Path, tmp_path: Path) -> None:
     assert 0.8 * cli.parse_size(wanted) < open_checkpoint(out).bytes <= cli.parse_size(wanted)
 
 
-@pytest.mark.parametrize("parts", [1, 5, 12])
-def test_resume_after_kill(
+@pytest.mark.parametrize("parts", [0, 1, 2, 9, 21])
+def test_resume_after_any_part(
     job: list[str],
     undisturbed: Path,
     tmp_path: Path,
     parts: int,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "small"
-    stop_after_parts(start(["compress", *job, str(out)]), out, parts, signal.SIGKILL)
-    assert not out.exists()
+    stored: list[str] = []
+    store = Workspace.store
+
+    def interrupted_store(self: Workspace, name: str, arrays: dict[str, np.ndarray]) -> None:
+        if len(stored) == parts:
+            raise KeyboardInterrupt
+        store(self, name, arrays)
+        stored.append(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "store", interrupted_store)
+        assert cli.main(["compress", *job, str(out)]) == cli.INTERRUPTED
+    assert len(list(partial(out).glob("*.safetensors"))) == parts
+    capsys.readouterr()
     assert cli.main(["compress", *job, str(out)]) == 1
     assert "--resume" in sentence(capsys)
+    assert cli.main(["compress", *job, str(out), "--resume", "--seed", "4"]) == 1
+    assert "another seed" in sentence(capsys)
+    assert not out.exists()
     assert cli.main(["compress", *job, str(out), "--resume"]) == 0
     assert digest(out) == digest(undisturbed)
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_ctrl_c(job: list[str], undisturbed: Path, tmp_path: Path) -> None:
-    out = tmp_path / "small"
-    process = start(["compress", *job, str(out)])
-    said = stop_after_parts(process, out, 3, signal.SIGINT)
-    assert process.returncode == cli.INTERRUPTED
-    assert said.splitlines()[-1].startswith("pocketllm: interrupted") and "--resume" in said
-    assert "Traceback" not in said
-    assert cli.main(["compress", *job, str(out), "--resume"]) == 0
-    assert digest(out) == digest(undisturbed)
-
-
-def test_resume_refuses_another_job(
-    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_resume_after_signal(
+    job: list[str], undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "small"
-    stop_after_parts(start(["compress", *job, str(out)]), out, 1, signal.SIGKILL)
-    assert cli.main(["compress", *job, str(out), "--resume", "--seed", "4"]) == 1
-    assert "another" in sentence(capsys)
+    process = start(["compress", *job, str(out)])
+    said = stop_after_parts(process, out, 3, number)
+    assert not out.exists() and "Traceback" not in said
+    if number == signal.SIGINT:
+        assert process.returncode == cli.INTERRUPTED
+        assert said.splitlines()[-1].startswith("pocketllm: interrupted") and "--resume" in said
+    assert cli.main(["compress", *job, str(out), "--resume"]) == 0
+    assert digest(out) == digest(undisturbed)
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize("limit", [3_000, 60_000], ids=["a part", "the checkpoint"])
 def test_file_size_limit_then_resume(
-    job: list[str], undisturbed: Path, tmp_path: Path, limit: int
+    job: list[str],
+    undisturbed: Path,
+    tmp_path: Path,
+    limit: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert limit < (undisturbed / "model.safetensors").stat().st_size
     out = tmp_path / "small"
-    process = start(
-        ["compress", *job, str(out)],
-        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 1, said
-    assert "cannot be written" in said.splitlines()[-1] and "Traceback" not in said
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        status = cli.main(["compress", *job, str(out)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 1
+    assert "cannot be written" in sentence(capsys)
     assert not out.exists()
     assert cli.main(["compress", *job, str(out), "--resume"]) == 0
     assert digest(out) == digest(undisturbed)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 48 KiB; skips where none can be mounted."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(tmp_path)], capture_output=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip("cannot mount a small file system here")
-    yield tmp_path
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A file system in memory at ``folder``; skips where none can be mounted."""
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("cannot mount a file system here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_disk_full(job: list[str], small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["compress", *job, str(small_disk / "small")]) == 1
+def test_disk_full(job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with mounted(tmp_path, "size=48k"):
+        assert cli.main(["compress", *job, str(tmp_path / "small")]) == 1
+        assert not (tmp_path / "small").exists()
     assert "space" in sentence(capsys)
-    assert not (small_disk / "small").exists()
 
 
-def test_read_only_place(job: list[str], tmp_path: Path) -> None:
+def test_read_only_place(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
-    process = start(["compress", *job, str(closed / "small")], without_root_privileges)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert str(closed) in said.splitlines()[-1] and "Traceback" not in said
-
-
-def without_root_privileges() -> None:
-    """Make file permissions count for a process of root too."""
-    libc = ctypes.CDLL(None)
-    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
-        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    # Permissions do not bind root; a file system that is mounted read-only does.
+    with mounted(closed, "ro") if os.geteuid() == 0 else nullcontext():
+        assert cli.main(["compress", *job, str(closed / "small")]) == 1
+    assert str(closed) in sentence(capsys)
 
 
 def test_output_exists(job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
