@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include "coder.h"
+#include "infer_fused.h"
 #include "infer_gemm.h"
 #include "infer_span.h"
 #include "kernel.h"
@@ -16,7 +17,7 @@ enum {
     MANY_SPAN = 256,    /* and many tokens: 16 tokens times this is half an L1 cache */
     TOKEN_BLOCK = 384,  /* tokens per pass over the matrix; a multiple of every WIDE */
     DECODER_ROWS = 24,  /* rows of a tile when whole rows must be decoded; as TILE_ROWS */
-    WIDENED_FLOATS = 4096, /* int8 tables up to this size are widened once per call */
+    WIDENED_FLOATS = 2048, /* int8 tables up to this size are widened once per call */
     WORK_PER_THREAD = 32768
 };
 
@@ -220,6 +221,8 @@ static int multiply_few(const pllm_matrix *w, const float *x, int n, const float
     const size_t shared = round_up((ptrdiff_t)widened_floats(w->codec), 16) + (size_t)(n * x_stride);
     const size_t per_thread = (size_t)(DOT_ROWS * v.stride) + decoder_floats(&v);
     const int used = threads_for(&v, w->out_features, n, threads);
+    const int fused = n == 1 && !w->codec->decoder && is_fusable(w->codec->d);
+    const ptrdiff_t group = fused ? FUSED_TILE : DOT_ROWS;
     float x_sum[DOT_TOKENS];
     float *memory = pllm_alloc_floats(shared + per_thread * (size_t)used);
     if (!memory)
@@ -232,11 +235,16 @@ static int multiply_few(const pllm_matrix *w, const float *x, int n, const float
     }
     sum_tokens(&v, x, n, x_sum);
 #pragma omp parallel for num_threads(used) schedule(static) if (used > 1)
-    for (ptrdiff_t first = 0; first < w->out_features; first += DOT_ROWS) {
-        float dot[DOT_ROWS * DOT_TOKENS];
-        dot_row_group(&v, first, memory, x_stride, n, dot,
-                      memory + shared + per_thread * (size_t)omp_get_thread_num());
-        for (ptrdiff_t r = first; r < smaller(first + DOT_ROWS, w->out_features); r++)
+    for (ptrdiff_t first = 0; first < w->out_features; first += group) {
+        float dot[FUSED_TILE]; /* DOT_ROWS * DOT_TOKENS fit */
+        const ptrdiff_t rows = smaller(group, w->out_features - first);
+        if (fused)
+            fused_tile(&v.plan, w->packed + first * v.row_stride_bytes, v.row_stride_bytes, (int)rows,
+                       v.count, memory, dot);
+        else
+            dot_row_group(&v, first, memory, x_stride, n, dot,
+                          memory + shared + per_thread * (size_t)omp_get_thread_num());
+        for (ptrdiff_t r = first; r < first + rows; r++)
             for (int t = 0; t < n; t++)
                 y[t * w->out_features + r] = finish_product(&v, r, dot[(r - first) * n + t], x_sum[t],
                                                             bias ? bias[r] : 0.0f);

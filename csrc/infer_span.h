@@ -34,52 +34,99 @@ static void plan_groups(span_plan *plan)
     }
 }
 
-/* offset[0..7] = table offsets of the eight indices that start at source; reads GROUP_BYTES. */
-PLLM_INLINE void unpack_group(const span_plan *plan, const uint8_t *source, int32_t *offset)
-{
-    const int32_t mask = (int32_t)((1u << plan->bits) - 1);
+/* What unpacking a group takes, in registers. */
 #if defined(PLLM_ISA_AVX2) || (defined(PLLM_ISA_AVX512) && !defined(PLLM_SIMDE))
+typedef struct {
+    __m256i shuffle, shift, mask, last, row_bytes;
+} group_constants;
+
+PLLM_INLINE group_constants constants_of(const span_plan *plan)
+{
+    return (group_constants){
+        .shuffle = _mm256_loadu_si256((const __m256i *)(const void *)plan->shuffle),
+        .shift = _mm256_loadu_si256((const __m256i *)(const void *)plan->shift),
+        .mask = _mm256_set1_epi32((1 << plan->bits) - 1),
+        .last = _mm256_set1_epi32(plan->last),
+        .row_bytes = _mm256_set1_epi32(plan->row_bytes),
+    };
+}
+
+PLLM_INLINE void unpack_group(const group_constants *c, const uint8_t *source, int32_t *offset)
+{
     const __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)source);
-    __m256i v = _mm256_broadcastsi128_si256(bytes);
-    v = _mm256_shuffle_epi8(v, _mm256_loadu_si256((const __m256i *)(const void *)plan->shuffle));
-    v = _mm256_srlv_epi32(v, _mm256_loadu_si256((const __m256i *)(const void *)plan->shift));
-    v = _mm256_and_si256(v, _mm256_set1_epi32(mask));
-    v = _mm256_min_epi32(v, _mm256_set1_epi32(plan->last));
-    v = _mm256_mullo_epi32(v, _mm256_set1_epi32(plan->row_bytes));
+    __m256i v = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), c->shuffle);
+    v = _mm256_and_si256(_mm256_srlv_epi32(v, c->shift), c->mask);
+    v = _mm256_mullo_epi32(_mm256_min_epi32(v, c->last), c->row_bytes);
     _mm256_storeu_si256((__m256i *)(void *)offset, v);
+}
 #elif defined(PLLM_ISA_NEON)
+typedef struct {
+    uint8x16_t shuffle[2];
+    int32x4_t up[2], mask, last; /* up: minus the shifts down */
+    int32_t row_bytes;
+} group_constants;
+
+PLLM_INLINE group_constants constants_of(const span_plan *plan)
+{
+    return (group_constants){
+        .shuffle = {vld1q_u8(plan->shuffle[0]), vld1q_u8(plan->shuffle[1])},
+        .up = {vnegq_s32(vld1q_s32(plan->shift)), vnegq_s32(vld1q_s32(plan->shift + 4))},
+        .mask = vdupq_n_s32((1 << plan->bits) - 1),
+        .last = vdupq_n_s32(plan->last),
+        .row_bytes = plan->row_bytes,
+    };
+}
+
+PLLM_INLINE void unpack_group(const group_constants *c, const uint8_t *source, int32_t *offset)
+{
     const uint8x16_t bytes = vld1q_u8(source);
     for (int half = 0; half < 2; half++) {
-        const uint8x16_t picked = vqtbl1q_u8(bytes, vld1q_u8(plan->shuffle[half]));
-        const int32x4_t down = vnegq_s32(vld1q_s32(plan->shift + 4 * half));
-        int32x4_t v = vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_u8(picked), down));
-        v = vminq_s32(vandq_s32(v, vdupq_n_s32(mask)), vdupq_n_s32(plan->last));
-        vst1q_s32(offset + 4 * half, vmulq_n_s32(v, plan->row_bytes));
+        const uint32x4_t picked = vreinterpretq_u32_u8(vqtbl1q_u8(bytes, c->shuffle[half]));
+        int32x4_t v = vreinterpretq_s32_u32(vshlq_u32(picked, c->up[half]));
+        v = vminq_s32(vandq_s32(v, c->mask), c->last);
+        vst1q_s32(offset + 4 * half, vmulq_n_s32(v, c->row_bytes));
     }
-#else
-    for (int i = 0; i < GROUP; i++) {
-        const uint8_t *at = source + i * plan->bits / 8;
-        const int32_t three = at[0] | at[1] << 8 | (i * plan->bits / 8 < 14 ? at[2] << 16 : 0);
-        const int32_t index = three >> plan->shift[i] & mask;
-        offset[i] = (index < plan->last ? index : plan->last) * plan->row_bytes;
-    }
-#endif
 }
+#else
+typedef struct {
+    int bits;
+    int32_t mask, last, row_bytes;
+} group_constants;
+
+PLLM_INLINE group_constants constants_of(const span_plan *plan)
+{
+    return (group_constants){plan->bits, (1 << plan->bits) - 1, plan->last, plan->row_bytes};
+}
+
+PLLM_INLINE void unpack_group(const group_constants *c, const uint8_t *source, int32_t *offset)
+{
+    for (int i = 0; i < GROUP; i++) {
+        const int bit = i * c->bits;
+        const uint8_t *at = source + bit / 8;
+        const int32_t three = at[0] | at[1] << 8 | (bit / 8 < 14 ? at[2] << 16 : 0);
+        const int32_t index = three >> bit % 8 & c->mask;
+        offset[i] = (index < c->last ? index : c->last) * c->row_bytes;
+    }
+}
+#endif
 
 /* offset[0 .. count - 1] = table offsets of the count indices that start at source. Writes up to
  * seven more, all of them offsets inside the table. */
 static void unpack_offsets(const span_plan *plan, const uint8_t *source, ptrdiff_t count,
                            int32_t *offset)
 {
-    for (ptrdiff_t i = 0; i < count; i += GROUP, source += plan->bits, offset += GROUP) {
-        const ptrdiff_t left = plan->end - source;
-        if (left >= GROUP_BYTES) {
-            unpack_group(plan, source, offset);
-        } else {
-            uint8_t padded[GROUP_BYTES] = {0};
-            memcpy(padded, source, (size_t)left);
-            unpack_group(plan, padded, offset);
-        }
+    const group_constants constants = constants_of(plan);
+    const int bits = plan->bits;
+    const ptrdiff_t groups = (count + GROUP - 1) / GROUP;
+    ptrdiff_t fast = groups; /* groups whose whole GROUP_BYTES are inside the payload */
+    while (fast > 0 && plan->end - (source + (fast - 1) * bits) < GROUP_BYTES)
+        fast--;
+    for (ptrdiff_t i = 0; i < fast; i++)
+        unpack_group(&constants, source + i * bits, offset + i * GROUP);
+    for (ptrdiff_t i = fast; i < groups; i++) {
+        uint8_t padded[GROUP_BYTES] = {0};
+        memcpy(padded, source + i * bits, (size_t)(plan->end - source - i * bits));
+        unpack_group(&constants, padded, offset + i * GROUP);
     }
 }
 
@@ -159,7 +206,7 @@ static gather_fn *const gather_functions[2][PLLM_MAX_SUBVECTOR] = {
 #undef SPAN_ENTRY
 };
 
-enum { OFFSETS = 64 }; /* indices unpacked at a time, a multiple of GROUP */
+enum { OFFSETS = 128 }; /* indices unpacked at a time, a multiple of GROUP */
 
 /* target (count, d) = the codec's values of the count sub-vectors whose indices start at source,
  * without the table's factor. */

@@ -1,0 +1,189 @@
+/* infer_fused.h - one token: table rows go from the table into the products through registers only.
+ * For codewords of 2, 4, 8 or 16 values; the sums are those of dot_rows in infer_gemm.h, bit for bit.
+ * Included by infer.c only. */
+#ifndef PLLM_INFER_FUSED_H
+#define PLLM_INFER_FUSED_H
+
+#include "infer_span.h"
+#include "kernel.h"
+
+enum {
+    FUSED_ROWS = VF_WIDTH == 16 ? 8 : 4, /* rows in flight: enough sums to hide the latency of fma */
+    FUSED_TILE = 32 /* rows that go over a stretch of x together, so that it stays in cache */
+};
+
+static int is_fusable(int d) { return d == 2 || d == 4 || d == 8 || d == 16; }
+
+/* Two offsets with one load: loads are what limits this loop. */
+typedef struct {
+    uint64_t first, second;
+} offset_pair;
+
+PLLM_INLINE offset_pair load_pair(const int32_t *offset)
+{
+    uint64_t two;
+    memcpy(&two, offset, sizeof two);
+    return (offset_pair){(uint32_t)two, two >> 32};
+}
+
+PLLM_INLINE const float *float_row(const char *table, uint64_t offset)
+{
+    return (const float *)(const void *)(table + offset);
+}
+
+/* Sixteen values: 16 / d table rows side by side. d is a compile-time constant. */
+#if defined(PLLM_ISA_AVX2)
+PLLM_INLINE vf two_rows_of_4(const char *table, offset_pair at)
+{
+    const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(float_row(table, at.first)));
+    return _mm256_insertf128_ps(low, _mm_loadu_ps(float_row(table, at.second)), 1);
+}
+
+PLLM_INLINE __m128d two_rows_of_2(const char *table, offset_pair at)
+{
+    const double *first = (const double *)(const void *)(table + at.first);
+    return _mm_loadh_pd(_mm_load_sd(first), (const double *)(const void *)(table + at.second));
+}
+
+PLLM_INLINE vf16 fetch_f32(const char *table, const int32_t *offset, int d)
+{
+    if (d == 16)
+        return vf16_load(float_row(table, (uint64_t)offset[0]));
+    const offset_pair a = load_pair(offset);
+    if (d == 8)
+        return (vf16){{vf_load(float_row(table, a.first)), vf_load(float_row(table, a.second))}};
+    const offset_pair b = load_pair(offset + 2);
+    if (d == 4)
+        return (vf16){{two_rows_of_4(table, a), two_rows_of_4(table, b)}};
+    const __m256d low = _mm256_castpd128_pd256(two_rows_of_2(table, a));
+    const __m256d high = _mm256_castpd128_pd256(two_rows_of_2(table, load_pair(offset + 4)));
+    const __m128d second = two_rows_of_2(table, b);
+    const __m128d fourth = two_rows_of_2(table, load_pair(offset + 6));
+    return (vf16){{_mm256_castpd_ps(_mm256_insertf128_pd(low, second, 1)),
+                   _mm256_castpd_ps(_mm256_insertf128_pd(high, fourth, 1))}};
+}
+#elif defined(PLLM_ISA_AVX512) && !defined(PLLM_SIMDE)
+PLLM_INLINE vf16 fetch_f32(const char *table, const int32_t *offset, int d)
+{
+    if (d == 16)
+        return vf16_load(float_row(table, (uint64_t)offset[0]));
+    if (d == 2) {
+        const __m256i rows = _mm256_loadu_si256((const __m256i *)(const void *)offset);
+        return (vf16){{_mm512_castpd_ps(_mm512_i32gather_pd(rows, table, 1))}};
+    }
+    const offset_pair a = load_pair(offset);
+    if (d == 8) {
+        const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(float_row(table, a.first)));
+        return (vf16){{_mm512_insertf32x8(low, _mm256_loadu_ps(float_row(table, a.second)), 1)}};
+    }
+    const offset_pair b = load_pair(offset + 2);
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(float_row(table, a.first)));
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(float_row(table, a.second)), 1);
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(float_row(table, b.first)), 2);
+    return (vf16){{_mm512_insertf32x4(v, _mm_loadu_ps(float_row(table, b.second)), 3)}};
+}
+#else
+PLLM_INLINE vf16 fetch_f32(const char *table, const int32_t *offset, int d)
+{
+    float values[16];
+    PLLM_UNROLL
+    for (int i = 0; i < 16 / d; i++)
+        memcpy(values + i * d, table + offset[i], (size_t)d * sizeof(float));
+    return vf16_load(values);
+}
+#endif
+
+/* The same of an int8 table, widened. */
+PLLM_INLINE vf16 fetch_i8(const char *table, const int32_t *offset, int d)
+{
+    const int8_t *const bytes = (const int8_t *)table;
+    vf16 v;
+#if defined(PLLM_ISA_AVX2)
+    if (d == 8) {
+        const offset_pair at = load_pair(offset);
+        return (vf16){{vf_load_i8(bytes + at.first), vf_load_i8(bytes + at.second)}};
+    }
+    if (d == 4) {
+        for (int p = 0; p < VF16_PARTS; p++) {
+            const offset_pair at = load_pair(offset + 2 * p);
+            int32_t row[2];
+            memcpy(&row[0], bytes + at.first, 4);
+            memcpy(&row[1], bytes + at.second, 4);
+            const __m128i both = _mm_insert_epi32(_mm_cvtsi32_si128(row[0]), row[1], 1);
+            v.part[p] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(both));
+        }
+        return v;
+    }
+#endif
+    int8_t values[16];
+    PLLM_UNROLL
+    for (int i = 0; i < 16 / d; i++)
+        memcpy(values + i * d, bytes + offset[i], (size_t)d);
+    for (int p = 0; p < VF16_PARTS; p++)
+        v.part[p] = vf_load_i8(values + p * VF_WIDTH);
+    return v;
+}
+
+/* sum (FUSED_ROWS, 16) += table values of the rows * x, over `steps` times sixteen values.
+ * offset: (FUSED_ROWS, OFFSETS). */
+PLLM_INLINE void fused_steps(const char *table, int is_int8, int d, const int32_t *offset,
+                             const float *x, ptrdiff_t steps, float *sum)
+{
+    vf16 s[FUSED_ROWS];
+    for (int r = 0; r < FUSED_ROWS; r++)
+        s[r] = vf16_load(sum + 16 * r);
+    for (ptrdiff_t i = 0; i < steps; i++, x += 16, offset += 16 / d) {
+        const vf16 xs = vf16_load(x);
+        PLLM_UNROLL
+        for (int r = 0; r < FUSED_ROWS; r++) {
+            const int32_t *const at = offset + r * OFFSETS;
+            s[r] = vf16_fma(is_int8 ? fetch_i8(table, at, d) : fetch_f32(table, at, d), xs, s[r]);
+        }
+    }
+    for (int r = 0; r < FUSED_ROWS; r++)
+        vf16_store(sum + 16 * r, s[r]);
+}
+
+static void fused_dispatch(const span_plan *plan, const int32_t *offset, const float *x,
+                           ptrdiff_t steps, float *sum)
+{
+#define CASE(D)                                                    \
+    case D:                                                        \
+        if (plan->is_int8)                                         \
+            fused_steps(plan->table, 1, D, offset, x, steps, sum); \
+        else                                                       \
+            fused_steps(plan->table, 0, D, offset, x, steps, sum); \
+        break;
+    switch (plan->d) {
+        CASE(2)
+        CASE(4)
+        CASE(8)
+        CASE(16)
+    }
+#undef CASE
+}
+
+/* dot[r] = table values of row r . x, for `rows` <= FUSED_TILE consecutive rows of `count` indices.
+ * packed: the first of them.  x: zeros behind the columns, up to a multiple of 16. */
+static void fused_tile(const span_plan *plan, const uint8_t *packed, ptrdiff_t stride_bytes, int rows,
+                       ptrdiff_t count, const float *x, float *dot)
+{
+    int32_t offset[FUSED_ROWS * OFFSETS];
+    float sum[FUSED_TILE * 16] = {0};
+    for (ptrdiff_t at = 0; at < count; at += OFFSETS) {
+        const ptrdiff_t part = count - at < OFFSETS ? count - at : OFFSETS;
+        for (int first = 0; first < rows; first += FUSED_ROWS) {
+            for (int r = 0; r < FUSED_ROWS; r++) {
+                const int row = first + r < rows ? first + r : rows - 1;
+                const uint8_t *source = packed + row * stride_bytes + at / GROUP * plan->bits;
+                unpack_offsets(plan, source, part, offset + r * OFFSETS);
+            }
+            fused_dispatch(plan, offset, x + at * plan->d, (part * plan->d + 15) / 16,
+                           sum + first * 16);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        dot[r] = vf16_sum(vf16_load(sum + r * 16));
+}
+
+#endif
