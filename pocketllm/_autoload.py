@@ -41,7 +41,9 @@ def _register(name: str) -> None:
         else:
             from . import hf
 
-            hf.register()
+            # Absent while hf itself is being imported: it registers at its end.
+            if hasattr(hf, "register"):
+                hf.register()
     except Exception as error:  # an incompatible version must not break torch or the package
         warnings.warn(f"pocketllm cannot register with {package}: {error}", stacklevel=2)
 

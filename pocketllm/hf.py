@@ -119,8 +119,8 @@ class PocketQuantizer(HfQuantizer):
         """torch.compile works on the model."""
         return True
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        return restore_dense(model, dtype)
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        return restore_dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
 def register() -> None:
@@ -385,3 +385,6 @@ def _dense_embedding(module: Any, dtype: torch.dtype) -> nn.Module:
         dense = nn.Embedding(*weight.shape, module.padding_idx, device="meta")
     dense.weight = nn.Parameter(weight)
     return dense.train(module.training)
+
+
+register()

@@ -46,7 +46,8 @@ class CodecBank(nn.ModuleDict):
     def __init__(
         self, specs: Iterable[CodecSpec], device: torch.device | str | None = None
     ) -> None:
-        super().__init__({spec.name: CodecModule(spec, device) for spec in specs})
+        ordered = sorted(specs, key=lambda spec: spec.name)
+        super().__init__({spec.name: CodecModule(spec, device) for spec in ordered})
 
 
 class _Packed(nn.Module):
