@@ -146,7 +146,6 @@ def model_card(
         perplexity: text name -> (compressed, dense or None).
         command: the command that gave these figures.
     """
-    name = checkpoint.folder.name
     total = checkpoint.bytes
     lines = [
         *_front_matter(base_model, license),
@@ -156,8 +155,9 @@ def model_card(
         "import pocketllm  # once installed, transformers also finds it by itself",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        'folder = "."  # where this file lies, or its name on the hub',
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "```",
         "",
         "Needs `pip install pocketllm-codec`. Without it, loading stops with an error.",
