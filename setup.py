@@ -69,7 +69,8 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         sanitize = os.environ.get("POCKETLLM_SANITIZE", "")
         sanitizer = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
-        optimise = ["-g", "-O1", "-fno-omit-frame-pointer"] if sanitize else ["-O3"]
+        optimise = ["-g", "-O1", "-fno-omit-frame-pointer", "-DPLLM_NO_UNROLL"]
+        optimise = optimise if sanitize else ["-g0", "-O3"]
         flags = ["-std=c11", *optimise, *sanitizer, "-ffp-contract=off", "-fopenmp"]
         flags += ["-fvisibility=hidden", "-UNDEBUG" if sanitize else "-DNDEBUG", *WARNINGS]
         if os.environ.get("POCKETLLM_WERROR", "0") not in ("", "0"):

@@ -11,12 +11,15 @@
 #if defined(PLLM_ISA_AVX512)
 #define PLLM_SYM(name) name##_avx512
 #define PLLM_ISA_NAME "avx512"
+#define PLLM_ISA_VECTOR
 #elif defined(PLLM_ISA_AVX2)
 #define PLLM_SYM(name) name##_avx2
 #define PLLM_ISA_NAME "avx2"
+#define PLLM_ISA_VECTOR
 #elif defined(PLLM_ISA_NEON)
 #define PLLM_SYM(name) name##_neon
 #define PLLM_ISA_NAME "neon"
+#define PLLM_ISA_VECTOR
 #else
 #define PLLM_SYM(name) name##_scalar
 #define PLLM_ISA_NAME "scalar"
@@ -27,15 +30,25 @@
 PLLM_ALL_KERNELS(PLLM_DECLARE)
 #undef PLLM_DECLARE
 
-/* Full unrolling of the loop that follows; its trip count is a compile-time constant. */
-#if defined(__clang__)
+/* Full unrolling of the loop that follows; its trip count is a compile-time constant. Not in portable
+ * C, where it brings nothing, nor in instrumented builds (PLLM_NO_UNROLL), where it takes minutes. */
+#if defined(PLLM_NO_UNROLL) || !defined(PLLM_ISA_VECTOR)
+#define PLLM_UNROLL
+#elif defined(__clang__)
 #define PLLM_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define PLLM_UNROLL _Pragma("GCC unroll 16")
 #endif
+
 /* Hides from the compiler what a pointer points to, so that loads through it stay where they are. */
 #define PLLM_OPAQUE(pointer) __asm__("" : "+r"(pointer))
+
+/* A function that is inlined wherever it is called, so that constant arguments are constants in it. */
+#if defined(PLLM_NO_UNROLL)
+#define PLLM_INLINE static inline
+#else
 #define PLLM_INLINE static inline __attribute__((always_inline))
+#endif
 
 /* Uninitialised memory on a 64-byte boundary, or NULL. Release with free(). */
 static inline void *pllm_alloc(size_t bytes)
