@@ -233,8 +233,12 @@ def evaluate(
     if against is not None:
         result |= {"perplexity_dense": {}, "top1": {}}
     if tasks:
-        from .lm_eval_plugin import check_tasks
-
+        try:
+            from .lm_eval_plugin import check_tasks, run_tasks
+        except ImportError as error:
+            raise PocketError(
+                'tasks: lm-eval is not installed, `pip install "pocketllm-codec[eval]"` adds it'
+            ) from error
         check_tasks(tasks, include_path)
     tokenizer = load_tokenizer(source)
     model = load(source)
@@ -252,8 +256,6 @@ def evaluate(
         for key, value in compare(dense, model, tokenizer, path, **settings).items():
             result[key][name] = value
     if tasks:
-        from .lm_eval_plugin import run_tasks
-
         result["tasks"] = run_tasks(
             model, tokenizer, tasks, include_path=include_path, limit=limit, progress=progress
         )

@@ -277,6 +277,14 @@ def test_unknown_tasks_and_folders(pairs: Path, tmp_path: Path) -> None:
         check_tasks(["no_such_task"], pairs)
 
 
+def test_tasks_without_lm_eval(folders: tuple[Path, Path], monkeypatch: Any) -> None:
+    for name in [name for name in sys.modules if name.startswith("pocketllm.lm_eval_plugin")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
+    with pytest.raises(PocketError, match="lm-eval is not installed"):
+        evaluate.evaluate(folders[1], tasks=["blimp"])
+
+
 def test_the_group_lists_every_paradigm_once() -> None:
     yaml = pytest.importorskip("yaml")
     from pocketllm import evaluate as module
