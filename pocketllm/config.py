@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 from .errors import PocketError
 
@@ -63,6 +63,9 @@ class PocketConfig:
         workers: threads; None = all. The result does not depend on it.
         seed: seeds every random choice.
     """
+
+    # What transformers asks of a quantization_config that is given to from_pretrained.
+    quant_method: ClassVar[str] = "pocketllm"
 
     bits: float | None = None
     target_size: int | None = None

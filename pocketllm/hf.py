@@ -76,7 +76,7 @@ class PocketQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if not self.pre_quantized:
-            from .compressor import compress_in_memory
+            from .in_memory import compress_in_memory
 
             codecs, modules, record = compress_in_memory(model, self.quantization_config)
             install_compressed(model, codecs, modules, record)
@@ -179,7 +179,7 @@ def install_compressed(
     """Turn a dense transformers model in memory into the compressed one, as if it were loaded so.
 
     Args:
-        model: dense, on the CPU.
+        model: dense.
         codecs: codecs of the modules.
         modules: compressed matrices, tied heads included.
         record: further keys of quantization_config.
@@ -194,7 +194,7 @@ def install_compressed(
         for spec in layout.modules.values()
         if getattr(model.get_submodule(spec.name), "bias", None) is not None
     }
-    replace_modules(model, layout)
+    replace_modules(model, layout, device=model.device)
     for name, bias in biases.items():
         model.get_submodule(name).bias = bias
     for codec in codecs:

@@ -20,8 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 import pocketllm._autoload
 from pocketllm.checkpoint import decompress, open_checkpoint
-from pocketllm.errors import CheckpointError
+from pocketllm.config import PocketConfig
+from pocketllm.errors import CheckpointError, PocketError
 from pocketllm.hf import PocketQuantizer, install_compressed
+from pocketllm.in_memory import compress_in_memory
 from pocketllm.linear import PocketEmbedding, PocketLinear, PocketTiedLinear
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -184,6 +186,32 @@ def test_install_in_memory(tmp_path: Path) -> None:
         again = load(tmp_path / "saved" / architecture)
         assert again.config.quantization_config.seed == 3
         assert_same_state(again, model)
+
+
+def test_compress_while_loading(tmp_path: Path) -> None:
+    """from_pretrained(dense, quantization_config=PocketConfig(...)) compresses in memory."""
+    original = tiny_model("llama-tied")
+    original.save_pretrained(tmp_path / "dense")
+    config = PocketConfig(subvector=2, codebook=256, embeddings=True, epochs=2)
+    model = load(tmp_path / "dense", quantization_config=config)
+    assert isinstance(model.model.layers[1].mlp.down_proj, PocketLinear)
+    assert isinstance(model.lm_head, PocketTiedLinear)
+    weight = original.model.layers[1].mlp.down_proj.weight
+    packed = model.model.layers[1].mlp.down_proj.dequantize()
+    assert (packed - weight).norm() < 0.25 * weight.norm()
+    model.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    assert_same_state(again, model)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_calibration_while_loading_needs_a_folder(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("text")
+    config = PocketConfig(subvector=2, codebook=16, calibration=str(text))
+    model = tiny_model("llama")
+    with pytest.raises(PocketError, match="needs a model loaded from a folder"):
+        compress_in_memory(model, config)
 
 
 # ---- adapters ---------------------------------------------------------------------------------

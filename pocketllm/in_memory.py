@@ -1,0 +1,56 @@
+"""Compress a model that transformers has loaded, without a folder: what quantise-on-load does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .compressor import Compression
+from .errors import PocketError
+from .planning import make_plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .checkpoint_write import CodecData, ModuleData
+    from .config import PocketConfig
+
+
+class _Forgetful:
+    """In place of the folder of finished parts: there is nothing to resume."""
+
+    def load(self, name: str) -> None:
+        """No part is there."""
+
+    def store(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Nothing is kept."""
+
+
+def compress_in_memory(
+    model: nn.Module, config: PocketConfig
+) -> tuple[list[CodecData], list[ModuleData], dict[str, Any]]:
+    """Compress a dense transformers model; its weights are only read, unless it is calibrated.
+
+    Args:
+        model: loaded causal LM.
+        config: settings. Calibration needs the model's folder, for its tokenizer.
+
+    Returns:
+        Codecs, matrices, and what quantization_config records of the settings.
+
+    Raises:
+        PocketError: as ``compress`` would.
+    """
+    folder = Path(model.config.name_or_path or "")
+    if config.calibration is not None and not (folder / "config.json").is_file():
+        raise PocketError(
+            "calibration: needs a model loaded from a folder, whose tokenizer it uses;"
+            " compress to a folder instead"
+        )
+    plan = make_plan(model, config)
+    run = Compression(model, folder, config, plan, _Forgetful(), False)  # type: ignore[arg-type]
+    codecs, modules = run.encode_all()
+    left = sorted({dense.name.removesuffix(".weight") for dense in plan.dense})
+    return codecs, modules, {"seed": config.seed, "modules_to_not_convert": left}
