@@ -265,7 +265,7 @@ class TrainStep(NamedTuple):
         loss: reconstruction + codebook_loss * commitment.
         reconstruction: mean of weight * (rows - decoded)**2 over all values.
         commitment: mean of (latents - codeword)**2 over all values.
-        index: int32 (n,), the codeword chosen for each of the n = rows * length / d sub-vectors.
+        indices: int32 (n,), the codeword chosen for each of the n = rows * length / d sub-vectors.
         grad_encoder, grad_decoder: gradients of the loss, flat like the parameters.
         grad_codebook: (K, d).
     """
@@ -273,7 +273,7 @@ class TrainStep(NamedTuple):
     loss: float
     reconstruction: float
     commitment: float
-    index: Ints
+    indices: Ints
     grad_encoder: Floats
     grad_codebook: Floats
     grad_decoder: Floats

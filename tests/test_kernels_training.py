@@ -13,7 +13,14 @@ from pocketllm.reference import training as reference
 
 NORMS = ["input", "ln", "rln"]
 # (rows, sub-vectors a row, d, h): one lane, full and broken blocks, several units, odd channels
-SHAPES = [(1, 1, 1, 1), (1, 3, 4, 16), (3, 17, 8, 16), (5, 64, 4, 16), (2, 131, 3, 5), (7, 43, 16, 33)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 3, 4, 16),
+    (3, 17, 8, 16),
+    (5, 64, 4, 16),
+    (2, 131, 3, 5),
+    (7, 43, 16, 33),
+]
 
 
 @pytest.fixture(params=kernels.available_isas())
@@ -90,7 +97,9 @@ def test_coders(isa: str, rows: int, per_row: int, d: int, h: int, norm: str) ->
     x, params = normal(6, rows, per_row * d), coder_params(7, d, h)
     grad, shape = normal(8, rows, per_row * d), {"subvector": d, "hidden": h, "norm": norm}
     for name in ("encode", "decode"):
-        close(getattr(kernels, name)(x, params, **shape), getattr(reference, name)(x, params, **shape))
+        close(
+            getattr(kernels, name)(x, params, **shape), getattr(reference, name)(x, params, **shape)
+        )
         got = getattr(kernels, name + "_backward")(x, params, grad, **shape)
         want = getattr(reference, name + "_backward")(x, params, grad, **shape)
         for ours, theirs in zip(got, want, strict=True):
@@ -113,7 +122,7 @@ def test_train_step(
     settings = {"hidden": h, "norm": norm, "codebook_loss": 0.3, "weight": weight}
     got = kernels.train_step(*inputs, **settings)
     want = reference.train_step(*inputs, **settings)
-    agree = got.index == want.index
+    agree = got.indices == want.indices
     assert agree.mean() > 0.99, "only near-ties may differ between float32 and float64"
     if not agree.all():
         pytest.skip("a near-tie was decided the other way")
@@ -130,14 +139,18 @@ def step_bytes(threads: int, monkeypatch: pytest.MonkeyPatch, norm: str) -> byte
     )
     param, mean, variance = step.grad_encoder.copy(), step.grad_encoder * 0, step.grad_encoder**2
     kernels.adam(param, step.grad_encoder, mean, variance, step=3, lr=0.01)
-    sums = kernels.cluster_sums(x.reshape(-1, d), step.index, 300)
+    sums = kernels.cluster_sums(x.reshape(-1, d), step.indices, 300)
     rln = kernels.rln_backward(x, x[::-1].copy())
-    return b"".join(np.asarray(part).tobytes() for part in (*step, param, mean, variance, *sums, rln))
+    return b"".join(
+        np.asarray(part).tobytes() for part in (*step, param, mean, variance, *sums, rln)
+    )
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("norm", NORMS)
-def test_same_bits_on_every_isa_and_thread_count(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_bits_on_every_isa_and_thread_count(
+    norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, seen = kernels.isa(), set()
     try:
         for isa in kernels.available_isas():
@@ -176,7 +189,9 @@ def test_cluster_sums(isa: str, d: int, kind: str) -> None:
     np.testing.assert_allclose(total, want.T, rtol=1e-12, atol=1e-12)
     want_mass = np.zeros((k, d))
     np.add.at(want_mass, index, full.astype(np.float64))
-    np.testing.assert_allclose(mass, want_mass.T if kind == "element" else want_mass[:, 0], rtol=1e-12)
+    np.testing.assert_allclose(
+        mass, want_mass.T if kind == "element" else want_mass[:, 0], rtol=1e-12
+    )
 
 
 @pytest.mark.kernels
@@ -252,11 +267,13 @@ def test_reference_gradients_are_autograds(
     want = reference.train_step(
         x.numpy(), *arrays, hidden=h, norm=norm, codebook_loss=0.3, weight=weight
     )
-    np.testing.assert_array_equal(out.index.numpy(), want.index)
+    np.testing.assert_array_equal(out.indices.numpy(), want.indices)
     np.testing.assert_allclose(out.loss.item(), want.loss, rtol=1e-10)
     grads = codec.flat_gradients()
     for name in ("encoder", "codebook", "decoder"):
-        np.testing.assert_allclose(grads[name], getattr(want, "grad_" + name), rtol=1e-7, atol=1e-12)
+        np.testing.assert_allclose(
+            grads[name], getattr(want, "grad_" + name), rtol=1e-7, atol=1e-12
+        )
 
     shape: dict[str, Any] = {"subvector": d, "hidden": h, "norm": norm}
     for name, params in (("encode", arrays[0]), ("decode", arrays[2])):
@@ -283,6 +300,6 @@ def test_kernel_gradients_are_autograds() -> None:
     out = codec.losses(torch.tensor(x, dtype=torch.float64), codebook_loss=0.5)
     out.loss.backward()
     got = kernels.train_step(x, *arrays, hidden=h, norm="rln")
-    np.testing.assert_array_equal(got.index, out.index.numpy())
+    np.testing.assert_array_equal(got.indices, out.indices.numpy())
     for name, grad in codec.flat_gradients().items():
         close(getattr(got, "grad_" + name), grad, 1e-4)

@@ -24,14 +24,14 @@ class TrainStep(NamedTuple):
 
     loss = reconstruction + codebook_loss * commitment, where reconstruction is
     mean(weight * (rows - decoded)**2) and commitment is mean((latents - codeword)**2).
-    index: int32 (rows * length / subvector,).  grad_codebook: (K, subvector).
+    indices: int32 (rows * length / subvector,).  grad_codebook: (K, subvector).
     grad_encoder, grad_decoder: flat, as the parameters.
     """
 
     loss: float
     reconstruction: float
     commitment: float
-    index: Array
+    indices: Array
     grad_encoder: Array
     grad_codebook: Array
     grad_decoder: Array
