@@ -20,15 +20,16 @@ enum { VECTORS = 1, CODEWORDS = 4 };
 
 enum {
     BLOCK = PLLM_CODEBOOK_BLOCK,
-    GROUP = VECTORS * VF_WIDTH, /* queries per group: what the inner kernel works on */
-    QUERIES = PLLM_SEARCH_QUERIES, /* a multiple of every GROUP */
-    TILE_BYTES = 1 << 17        /* part of the codebook that stays in L2 while QUERIES pass */
+    GROUP = VECTORS * VF_WIDTH,    /* queries per group: what the inner kernel works on */
+    MAX_GROUP = 64,                /* the largest GROUP */
+    QUERIES = PLLM_SEARCH_QUERIES, /* per pass over the codebook; a multiple of every GROUP */
+    TILE_BYTES = 1 << 17           /* part of the codebook that stays in L2 while QUERIES pass */
 };
 
 /* Queries of one pass, and the best block so far of each. */
 typedef struct {
-    float *lanes; /* (QUERIES / GROUP, d, GROUP) */
-    float *best;  /* (QUERIES) smallest score */
+    float *lanes;   /* (QUERIES / GROUP, d, GROUP) */
+    float *best;    /* (QUERIES) smallest score */
     int32_t *block; /* (QUERIES) block it was found in */
 } pass;
 
@@ -225,10 +226,12 @@ int PLLM_SYM(pllm_nearest)(const float *z, ptrdiff_t n, const float *codebook, i
 
     pllm_codebook cb;
     PLLM_SYM(pllm_codebook_prepare)(&cb, codebook, k, d, weight, bias, blocks);
-    const ptrdiff_t passes = (n + QUERIES - 1) / QUERIES;
+    ptrdiff_t share = (n / threads / MAX_GROUP + 1) * MAX_GROUP; /* few queries: one pass a thread */
+    share = share < QUERIES ? share : QUERIES;
+    const ptrdiff_t passes = (n + share - 1) / share;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (passes > 1)
     for (ptrdiff_t i = 0; i < passes; i++) {
-        ptrdiff_t start = i * QUERIES, count = n - start < QUERIES ? n - start : QUERIES;
+        ptrdiff_t start = i * share, count = n - start < share ? n - start : share;
         PLLM_SYM(pllm_search_slice)(&cb, z + start * d, count, index + start,
                                     error ? error + start : NULL,
                                     scratch + (size_t)omp_get_thread_num() * scratch_floats);
