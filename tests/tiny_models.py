@@ -23,6 +23,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma": _LLAMA,
     "phi": {**_SMALL, "hidden_size": 40, "intermediate_size": 52, "tie_word_embeddings": False},
     "opt": {**_SMALL, "ffn_dim": 52, "word_embed_proj_dim": 36, "max_position_embeddings": 64},
+    "mixtral": {**_LLAMA, "num_local_experts": 3, "tie_word_embeddings": False},
     "gpt2": {"n_embd": 36, "n_head": 2, "n_layer": 2, "vocab_size": 50, "n_positions": 64},
 }
 _IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
