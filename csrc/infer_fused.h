@@ -14,18 +14,6 @@ enum {
 
 static int is_fusable(int d) { return d == 2 || d == 4 || d == 8 || d == 16; }
 
-/* Two offsets with one load: loads are what limits this loop. */
-typedef struct {
-    uint64_t first, second;
-} offset_pair;
-
-PLLM_INLINE offset_pair load_pair(const int32_t *offset)
-{
-    uint64_t two;
-    memcpy(&two, offset, sizeof two);
-    return (offset_pair){(uint32_t)two, two >> 32};
-}
-
 PLLM_INLINE const float *float_row(const char *table, uint64_t offset)
 {
     return (const float *)(const void *)(table + offset);

@@ -178,24 +178,71 @@ PLLM_INLINE void widen(const int8_t *source, float *target, int d)
 #define SPAN_SIZES(X) \
     X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16)
 
-/* target (count, D) = table rows at the given offsets. */
-#define SPAN_FUNCTIONS(D)                                                                         \
-    static void gather_f32_##D(const char *table, const int32_t *offset, ptrdiff_t count,         \
-                               float *target)                                                     \
-    {                                                                                             \
-        for (ptrdiff_t i = 0; i < count; i++)                                                     \
-            memcpy(target + i * D, table + offset[i], D * sizeof(float));                         \
-    }                                                                                             \
-    static void gather_i8_##D(const char *table, const int32_t *offset, ptrdiff_t count,          \
-                              float *target)                                                      \
-    {                                                                                             \
-        for (ptrdiff_t i = 0; i < count; i++)                                                     \
-            widen((const int8_t *)table + offset[i], target + i * D, D);                          \
+/* Two offsets with one load: loads are what limits these loops. */
+typedef struct {
+    uint64_t first, second;
+} offset_pair;
+
+PLLM_INLINE offset_pair load_pair(const int32_t *offset)
+{
+    uint64_t two;
+    memcpy(&two, offset, sizeof two);
+    return (offset_pair){(uint32_t)two, two >> 32};
+}
+
+/* Copies d floats; awkward sizes in overlapping pieces. Compilers split 32-byte copies in two. */
+PLLM_INLINE void copy_floats(const char *source, float *target, int d)
+{
+#if defined(PLLM_ISA_AVX2) || (defined(PLLM_ISA_AVX512) && !defined(PLLM_SIMDE))
+    if (d >= 8) {
+        const float *values = (const float *)(const void *)source;
+        _mm256_storeu_ps(target, _mm256_loadu_ps(values));
+        if (d > 8)
+            _mm256_storeu_ps(target + d - 8, _mm256_loadu_ps(values + d - 8));
+        return;
+    }
+#endif
+    memcpy(target, source, (size_t)d * sizeof(float));
+}
+
+/* target (d) = the table row at this offset. */
+PLLM_INLINE void copy_row(const char *table, uint64_t offset, int is_int8, int d, float *target)
+{
+    if (is_int8)
+        widen((const int8_t *)table + offset, target, d);
+    else
+        copy_floats(table + offset, target, d);
+}
+
+/* target (count, d) = table rows at the given offsets. */
+PLLM_INLINE void gather(const char *table, const int32_t *offset, ptrdiff_t count, int is_int8,
+                        int d, float *target)
+{
+    ptrdiff_t i = 0;
+    for (; i + 4 <= count; i += 4, target += 4 * d) {
+        const offset_pair a = load_pair(offset + i), b = load_pair(offset + i + 2);
+        copy_row(table, a.first, is_int8, d, target);
+        copy_row(table, a.second, is_int8, d, target + d);
+        copy_row(table, b.first, is_int8, d, target + 2 * d);
+        copy_row(table, b.second, is_int8, d, target + 3 * d);
+    }
+    for (; i < count; i++, target += d)
+        copy_row(table, (uint64_t)offset[i], is_int8, d, target);
+}
+
+#define SPAN_FUNCTIONS(D)                                                                          \
+    static void gather_f32_##D(const char *table, const int32_t *offset, ptrdiff_t n, float *target) \
+    {                                                                                              \
+        gather(table, offset, n, 0, D, target);                                                    \
+    }                                                                                              \
+    static void gather_i8_##D(const char *table, const int32_t *offset, ptrdiff_t n, float *target)  \
+    {                                                                                              \
+        gather(table, offset, n, 1, D, target);                                                    \
     }
 SPAN_SIZES(SPAN_FUNCTIONS)
 #undef SPAN_FUNCTIONS
 
-typedef void gather_fn(const char *table, const int32_t *offset, ptrdiff_t count, float *target);
+typedef void gather_fn(const char *table, const int32_t *offset, ptrdiff_t n, float *target);
 
 static gather_fn *const gather_functions[2][PLLM_MAX_SUBVECTOR] = {
 #define SPAN_ENTRY(D) gather_f32_##D,
@@ -213,12 +260,12 @@ enum { OFFSETS = 128 }; /* indices unpacked at a time, a multiple of GROUP */
 static void decode_span(const span_plan *plan, const uint8_t *source, ptrdiff_t count,
                         float *target)
 {
-    gather_fn *const gather = gather_functions[plan->is_int8][plan->d - 1];
+    gather_fn *const gather_rows = gather_functions[plan->is_int8][plan->d - 1];
     int32_t offset[OFFSETS];
     for (ptrdiff_t i = 0; i < count; i += OFFSETS) {
         const ptrdiff_t part = count - i < OFFSETS ? count - i : OFFSETS;
         unpack_offsets(plan, source + i / GROUP * plan->bits, part, offset);
-        gather(plan->table, offset, part, target + i * plan->d);
+        gather_rows(plan->table, offset, part, target + i * plan->d);
     }
 }
 
