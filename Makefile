@@ -38,6 +38,8 @@ warnings:
 	        --build-lib build/$$compiler --build-temp build/$$compiler-objects || exit 1; done
 
 # The extension under the address and undefined-behaviour sanitizers, each instruction set in turn.
+# The test that counts traced bytes is left out: it relies on freed addresses being used again, which
+# the address sanitizer prevents.
 sanitize:
 	rm -rf $(sanitized)
 	CC=gcc CFLAGS=-fno-var-tracking POCKETLLM_SANITIZE=address,undefined $(python) setup.py -q build \
@@ -48,7 +50,7 @@ sanitize:
 	    "from pocketllm import kernels; print(*kernels.available_isas())"); do \
 	    echo "sanitized, POCKETLLM_ISA=$$isa"; \
 	    POCKETLLM_ISA=$$isa $(sanitizers) $(python) -m pytest -q -p no:cacheprovider \
-	        -c $(abspath pyproject.toml) -m kernels $(kernel_tests) || exit 1; done
+	        -c $(abspath pyproject.toml) -m kernels -k "not left_behind" $(kernel_tests) || exit 1; done
 
 sanitizers = LD_PRELOAD=$$(gcc -print-file-name=libasan.so) PYTHONMALLOC=malloc \
     PYTHONPATH=$(abspath $(sanitized)) ASAN_OPTIONS=detect_leaks=0 \
