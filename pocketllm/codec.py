@@ -31,6 +31,8 @@ __all__ = [
 
 NORMS = ("input", "ln", "rln")
 INITS = ("kmeans", "normal", "uniform")
+# With fewer updates Adam cannot settle after its first, large steps.
+DEFAULT_EPOCHS, DEFAULT_UPDATES = 6, 300
 # Below this share of used codewords a codec is reported as collapsed.
 COLLAPSED_USAGE = 0.5
 # Codewords are revived in the first part of the training only: later ones could not settle.
@@ -129,7 +131,7 @@ class TrainResult:
     """A trained codec and how it came about.
 
     Attributes:
-        codec: after the last epoch.
+        codec: after the last epoch, or the k-means start where training did not improve on it.
         history: one entry an epoch.
         error: mean weighted squared error of all rows, decoded from :meth:`Codec.assign`.
         usage: share of the codewords that all rows together use.
@@ -233,8 +235,7 @@ def train_codec(
     hidden: int = 16,
     norm: str = "input",
     init: str = "kmeans",
-    epochs: int = 6,
-    steps: int | None = None,
+    epochs: int | None = None,
     batch: int = 16384,
     lr: float = 1.6e-2,
     codebook_loss: float = 0.5,
@@ -255,8 +256,7 @@ def train_codec(
         norm: ``"input"``, ``"ln"`` or ``"rln"``.
         init: ``"kmeans"`` starts the codec at the k-means solution; ``"normal"`` and ``"uniform"``
             start with random MLPs and a codebook of that distribution, as published.
-        epochs: passes over the rows.
-        steps: least number of updates, in whole epochs, instead of ``epochs``.
+        epochs: passes over the rows; None: 6, or as many as 300 updates take. 0 is the start.
         batch: sub-vectors a step, rounded to whole rows.
         lr: learning rate of Adam, multiplied by 0.1 after 30 %, 60 % and 90 % of the epochs.
         codebook_loss: lambda.
@@ -294,11 +294,12 @@ def train_codec(
             ),
         )
     else:
-        start = random_start(groups, subvector, codewords, hidden, norm, init == "uniform", seed)
-        codec = Codec(subvector, hidden, norm, *start)
+        drawn = random_start(groups, subvector, codewords, hidden, norm, init == "uniform", seed)
+        codec = Codec(subvector, hidden, norm, *drawn)
     running = engine(codec, codebook_loss)
-    if steps is not None:
-        epochs = -(-steps // len(_batches(groups, batch, subvector, np.random.default_rng(seed))))
+    if epochs is None:
+        updates = len(_batches(groups, batch, subvector, np.random.default_rng(seed)))
+        epochs = max(DEFAULT_EPOCHS, -(-DEFAULT_UPDATES // updates))
     history = []
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])
@@ -323,7 +324,11 @@ def train_codec(
             )
         )
         report(0.3 + 0.7 * (epoch + 1) / epochs, "training")
-    return _result(running.codec(), groups, weights, history)
+    result = _result(running.codec(), groups, weights, history)
+    if init == "kmeans" and epochs > 0:
+        start = _result(codec, groups, weights, history)
+        result = start if start.error < result.error else result
+    return result
 
 
 def _listed(arrays: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
