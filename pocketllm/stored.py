@@ -16,8 +16,6 @@ from .config import PocketConfig
 from .kernels import CodecView
 from .schema import CodecSpec
 
-# Epochs by default: the first steps from the k-means start are the ones that count.
-EPOCHS = 10
 REFINE_ITERATIONS = 6
 INT8_MAX = 127
 
@@ -95,13 +93,13 @@ def train_stored_codec(
     """
     foldable = spec.storage != "decoder"
     result = train_codec(
-        _recut(groups, spec.subvector) if foldable else groups[0],
+        _recut(groups, spec.subvector) if foldable else groups,
         subvector=spec.subvector,
         codewords=spec.codebook,
         hidden=spec.hidden,
         norm=spec.norm,
         init=config.codebook_init,
-        epochs=config.epochs or EPOCHS,
+        epochs=config.epochs,
         batch=config.batch,
         lr=config.learning_rate,
         codebook_loss=config.codebook_loss,
