@@ -240,6 +240,13 @@ def test_lora(tmp_path: Path) -> None:
     again = peft.PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(again), logits(model))
 
+    # Packed weights cannot take up an adapter; dense ones can.
+    adapted = logits(again)
+    again.get_base_model().dequantize()
+    merged = again.merge_and_unload()
+    assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
+    torch.testing.assert_close(logits(merged), adapted, **CLOSE)
+
 
 # ---- what must fail ---------------------------------------------------------------------------
 
