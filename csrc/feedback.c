@@ -21,6 +21,7 @@ typedef struct {
     ptrdiff_t count, length; /* sub-vectors of a row; length = count d */
     int d, k;
     const float *x, *table, *feedback;
+    const int32_t *previous; /* (rows, count) or NULL */
     float *target;           /* (rows, length): x plus the errors fed so far */
     pllm_codebook *codebook; /* one a sub-vector of this block: the table under its metric */
     int32_t *index;
@@ -121,34 +122,71 @@ static void prepare(const job *j, pllm_codebook *codebook, const float *metric, 
     PLLM_SYM(pllm_codebook_prepare_score)(codebook, j->table, j->k, j->d, offset, blocks);
 }
 
+/* error (n, width) = x - table[choice] of sub-vector l, which starts at column `column` of it. */
+static void set_error(const job *j, ptrdiff_t start, ptrdiff_t n, ptrdiff_t l, const int32_t *choice,
+                      ptrdiff_t choice_stride, float *error, ptrdiff_t width)
+{
+    for (ptrdiff_t r = 0; r < n; r++) {
+        const float *x = j->x + (start + r) * j->length + l * j->d;
+        const float *t = j->table + (ptrdiff_t)choice[r * choice_stride] * j->d;
+        for (int a = 0; a < j->d; a++)
+            error[r * width + a] = x[a] - t[a];
+    }
+}
+
+/* Targets of rows start..start+n-1 before any choice: x, plus what the previous choice of every later
+ * sub-vector adds, in ascending order of the errors. */
+static void start_rows(const job *j, ptrdiff_t group_size, ptrdiff_t start, ptrdiff_t n, scratch *s)
+{
+    const int d = j->d;
+    float *target = j->target + start * j->length;
+    memcpy(target, j->x + start * j->length, (size_t)(n * j->length) * sizeof *target);
+    for (ptrdiff_t first = 0; first < j->count && j->previous; first += group_size) {
+        ptrdiff_t last = first + group_size < j->count ? first + group_size : j->count;
+        const ptrdiff_t width = (last - first) * d;
+        for (ptrdiff_t l = first; l < last; l++) {
+            float *error = s->error + (l - first) * d;
+            set_error(j, start, n, l, j->previous + start * j->count + l, j->count, error, width);
+            add_errors(j, target, n, error, width, d, j->feedback + l * d * j->length, first * d,
+                       l * d);
+        }
+        add_errors(j, target, n, s->error, width, (int)width, j->feedback + first * d * j->length, 0,
+                   first * d);
+    }
+}
+
 /* Encodes sub-vectors first..last-1 of rows start..start+n-1 and feeds their errors forward. */
 static void encode_rows(const job *j, const float *metric, ptrdiff_t first, ptrdiff_t last,
                         ptrdiff_t start, ptrdiff_t n, scratch *s)
 {
     const int d = j->d;
     const ptrdiff_t width = (last - first) * d, end = last * d;
-    const float *x = j->x + start * j->length;
     float *target = j->target + start * j->length;
     for (ptrdiff_t l = first; l < last; l++) {
         for (ptrdiff_t r = 0; r < n; r++)
             apply_metric(metric + l * d * d, d, target + r * j->length + l * d, s->query + r * d);
         PLLM_SYM(pllm_search_slice)(&j->codebook[l - first], s->query, n, s->found, NULL, s->search);
-        for (ptrdiff_t r = 0; r < n; r++) {
-            const float *t = j->table + (ptrdiff_t)s->found[r] * d;
+        for (ptrdiff_t r = 0; r < n; r++)
             j->index[(start + r) * j->count + l] = s->found[r];
-            for (int a = 0; a < d; a++)
-                s->error[r * width + (l - first) * d + a] = x[r * j->length + l * d + a] - t[a];
-        }
-        add_errors(j, target, n, s->error + (l - first) * d, width, d,
-                   j->feedback + l * d * j->length, (l + 1) * d, end);
+        float *error = s->error + (l - first) * d;
+        set_error(j, start, n, l, s->found, 1, error, width);
+        add_errors(j, target, n, error, width, d, j->feedback + l * d * j->length, (l + 1) * d, end);
     }
     add_errors(j, target, n, s->error, width, (int)width, j->feedback + first * d * j->length, end,
                j->length);
 }
 
+static scratch scratch_of(float *own, size_t error_floats, int d)
+{
+    float *query = own + error_floats;
+    return (scratch){.error = own, .query = query, .search = query + ROWS * (d + 1),
+                     .found = (int32_t *)(void *)(query + ROWS * d)};
+}
+
 int PLLM_SYM(pllm_encode_feedback)(const float *x, ptrdiff_t rows, ptrdiff_t count, int d,
                                    const float *table, int k, const float *metric,
-                                   const float *feedback, int32_t *index, int threads)
+                                   const float *feedback, const int32_t *previous,
+                                   int32_t *index, int threads)
 {
     assert(d >= 1 && d <= PLLM_MAX_SUBVECTOR && k >= 1);
     int status = PLLM_ENOMEM;
@@ -164,20 +202,21 @@ int PLLM_SYM(pllm_encode_feedback)(const float *x, ptrdiff_t rows, ptrdiff_t cou
     pllm_codebook *codebook = pllm_alloc((size_t)group_size * sizeof *codebook);
     if (!target || !blocks || !offsets || !floats || !codebook)
         goto done;
-    if (rows && count)
-        memcpy(target, x, (size_t)(rows * count) * (size_t)d * sizeof *target);
 
     job j = {.count = count, .length = count * d, .d = d, .k = k,
-             .x = x, .table = table, .feedback = feedback, .target = target, .codebook = codebook,
-             .index = index};
+             .x = x, .table = table, .feedback = feedback, .previous = previous, .target = target,
+             .codebook = codebook, .index = index};
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (ptrdiff_t start = 0; start < rows; start += ROWS) {
+        scratch s = scratch_of(floats + (size_t)omp_get_thread_num() * thread_floats, error_floats, d);
+        start_rows(&j, group_size, start, rows - start < ROWS ? rows - start : ROWS, &s);
+    }
     for (ptrdiff_t first = 0; first < count && rows; first += group_size) {
         ptrdiff_t last = first + group_size < count ? first + group_size : count;
 #pragma omp parallel num_threads(threads)
         {
-            float *own = floats + (size_t)omp_get_thread_num() * thread_floats;
-            scratch s = {.error = own, .query = own + error_floats};
-            s.found = (int32_t *)(void *)(s.query + ROWS * d);
-            s.search = s.query + ROWS * (d + 1);
+            scratch s = scratch_of(floats + (size_t)omp_get_thread_num() * thread_floats,
+                                   error_floats, d);
 #pragma omp for schedule(static)
             for (ptrdiff_t l = first; l < last; l++)
                 prepare(&j, &codebook[l - first], metric + l * d * d,

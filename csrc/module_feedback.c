@@ -1,15 +1,27 @@
 /* module_feedback.c - Python wrappers of encoding with error feedback. */
 #include "module.h"
 
-/* encode_feedback(x, table, metric, feedback, threads) -> index */
+/* Are all values of previous (an int32 array) within 0..k-1? If not, ValueError is set. */
+static int in_table(PyArrayObject *previous, npy_intp k)
+{
+    const int32_t *value = pllm_data(previous);
+    npy_intp size = previous ? PyArray_SIZE(previous) : 0;
+    for (npy_intp i = 0; i < size; i++)
+        if (!pllm_in_range("previous: an index", value[i], 0, k - 1))
+            return 0;
+    return 1;
+}
+
+/* encode_feedback(x, table, metric, feedback, previous | None, threads) -> index */
 static PyObject *encode_feedback(PyObject *self, PyObject *args)
 {
-    PyObject *x_obj, *table_obj, *metric_obj, *feedback_obj;
-    PyArrayObject *x = NULL, *table = NULL, *metric = NULL, *feedback = NULL, *index = NULL;
+    PyObject *x_obj, *table_obj, *metric_obj, *feedback_obj, *previous_obj;
+    PyArrayObject *x = NULL, *table = NULL, *metric = NULL, *feedback = NULL;
+    PyArrayObject *previous = NULL, *index = NULL;
     int threads, status;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OOOOi:encode_feedback", &x_obj, &table_obj, &metric_obj,
-                          &feedback_obj, &threads))
+    if (!PyArg_ParseTuple(args, "OOOOOi:encode_feedback", &x_obj, &table_obj, &metric_obj,
+                          &feedback_obj, &previous_obj, &threads))
         return NULL;
 
     if (!pllm_take(&table, table_obj, "table", NPY_FLOAT32, 2, (npy_intp[]){-1, -1}, "Kd"))
@@ -26,13 +38,16 @@ static PyObject *encode_feedback(PyObject *self, PyObject *args)
         !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS))
         goto done;
     npy_intp rows = PyArray_DIM(x, 0);
-    if (!pllm_new(&index, NPY_INT32, 2, (npy_intp[]){rows, count}))
+    if (!pllm_take_optional(&previous, previous_obj, "previous", NPY_INT32, 2,
+                            (npy_intp[]){rows, count}, "") ||
+        !in_table(previous, k) ||
+        !pllm_new(&index, NPY_INT32, 2, (npy_intp[]){rows, count}))
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
     status = pllm_active()->encode_feedback(pllm_data(x), rows, count, (int)d, pllm_data(table),
                                             (int)k, pllm_data(metric), pllm_data(feedback),
-                                            pllm_data(index), threads);
+                                            pllm_data(previous), pllm_data(index), threads);
     Py_END_ALLOW_THREADS
     if (!pllm_succeeded(status))
         Py_CLEAR(index);
@@ -41,6 +56,7 @@ done:
     Py_XDECREF(table);
     Py_XDECREF(metric);
     Py_XDECREF(feedback);
+    Py_XDECREF(previous);
     return (PyObject *)index;
 }
 

@@ -3,7 +3,8 @@
 With H = E[x xᵀ] of the layer's inputs the error that matters is tr((W - Ŵ) H (W - Ŵ)ᵀ). Sub-vectors of a
 row are encoded one after another, the ones that matter most first; the error made so far is fed into
 the target of the next through the block LDLᵀ factors of H, and each is chosen under the metric that
-remains (LDLQ of arXiv 2307.13304, GPTQ of arXiv 2210.17323, in blocks of d columns).
+remains (LDLQ of arXiv 2307.13304, GPTQ of arXiv 2210.17323, in blocks of d columns). Then every
+sub-vector is chosen again, given all others, which can only lower the error.
 """
 
 from __future__ import annotations
@@ -13,14 +14,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 
 from . import kernels
 from .errors import PocketError
 from .layout import Rows, denormalise, subvector_count
 from .stored import StoredCodec
 
-# Share of H's mean diagonal that is added to its diagonal.
-DAMPING = 0.01
+# Share of H's diagonal that is added to it: what the text at hand says about correlations is trusted
+# that much less. A share of the mean instead would drown the many inputs that are mostly near zero.
+DAMPING = 0.03
+# The same for inputs that the text never used, as a share of the mean.
+FLOOR = 1e-6
+# Times each sub-vector is chosen again. The output error falls by about 5, 2 and 0.5 %.
+AGAIN = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,30 +51,32 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """H in the order of encoding, as the factors that feedback needs.
+    """H as :func:`pocketllm.kernels.encode_feedback` takes it, in the order of encoding.
 
     Attributes:
         order: (L,) int64, the sub-vector that is encoded first, second, ...
-        metric: (L, d, d) float32: of the sub-vector encoded l-th, H given all that come later.
-        feedback: (L*d, L*d) float32, in the order of encoding: how a unit error in one column moves
-            the target of a later one. Only what lies above the diagonal blocks is used.
+        metric, feedback: (L, d, d) and (L*d, L*d) float32, for a choice that leaves those later in
+            the order free to answer: the block LDLᵀ factors.
+        fixed_metric, fixed_feedback: the same shapes, for a choice given all others: the diagonal
+            blocks of H, and H over them.
     """
 
     order: np.ndarray
     metric: np.ndarray
     feedback: np.ndarray
+    fixed_metric: np.ndarray
+    fixed_feedback: np.ndarray
 
 
 def factorise(hessian: np.ndarray, subvector: int, damping: float = DAMPING) -> Factors:
-    """Block LDLᵀ of H (in, in), blocks of ``subvector`` columns, in float64 on one thread.
+    """Factors of H (in, in) in blocks of ``subvector`` columns, in float64 on one thread.
 
-    Columns that pad the last sub-vector weigh nothing but the damping. Needs about 3 (in)² doubles.
+    ``damping`` is a share of the diagonal that is added to it. Columns that pad the last sub-vector
+    weigh next to nothing. Needs about 4 (in)² doubles.
 
     Raises:
         PocketError: NaN or Inf in H.
     """
-    import torch
-
     columns, d = len(hessian), subvector
     count = subvector_count(columns, d)
     length = count * d
@@ -78,22 +87,36 @@ def factorise(hessian: np.ndarray, subvector: int, damping: float = DAMPING) -> 
         h[:columns, :columns] = torch.from_numpy(hessian)
         diagonal = h.diagonal()
         mean = float(diagonal[:columns].mean())
-        diagonal += damping * mean if mean > 0 else 1.0
+        diagonal += damping * diagonal + (FLOOR * mean if mean > 0 else 1.0)
         mass = diagonal.view(count, d).sum(1)
-        # The factor is found from the last sub-vector to the first: given = later in the order.
-        backwards = torch.argsort(mass, stable=True)
-        columns_of = (backwards[:, None] * d + torch.arange(d)).flatten()
-        lower = torch.linalg.cholesky(h[columns_of][:, columns_of])
-        blocks = lower.view(count, d, count, d)
-        roots = torch.stack([blocks[i, :, i] for i in range(count)])
-        for i in range(count):
-            columns_i = lower[:, i * d : i * d + d]
-            columns_i.copy_(
-                torch.linalg.solve_triangular(roots[i], columns_i, upper=False, left=False)
-            )
-        feedback = blocks.flip(0, 2).reshape(length, length)
-        metric = (roots @ roots.mT).flip(0)
-        return Factors(backwards.flip(0).numpy(), metric.float().numpy(), feedback.float().numpy())
+        order = torch.argsort(mass, descending=True, stable=True)
+        columns_of = (order[:, None] * d + torch.arange(d)).flatten()
+        h = h[columns_of][:, columns_of]
+        inner, feedback = _free(h, count, d)
+        blocks = h.view(count, d, count, d)
+        fixed = torch.stack([blocks[i, :, i] for i in range(count)])
+        fixed_feedback = torch.linalg.solve(fixed, h.view(count, d, -1)).reshape(length, length).T
+        return Factors(
+            order.numpy(),
+            *(x.float().contiguous().numpy() for x in (inner, feedback, fixed, fixed_feedback)),
+        )
+
+
+def _free(h: torch.Tensor, count: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Metric and feedback with h = U D Uᵀ, U unit block upper triangular, D the metrics.
+
+    The lower Cholesky factor of h with its blocks in reverse order, turned round again, is U with
+    the roots of D in its diagonal blocks.
+    """
+    length = count * d
+    reverse = h.view(count, d, count, d).flip(0, 2).reshape(length, length)
+    blocks = torch.linalg.cholesky(reverse).view(count, d, count, d).flip(0, 2)
+    roots = torch.stack([blocks[i, :, i] for i in range(count)])
+    # U is blocks times the inverse of each column's root.
+    columns = blocks.permute(2, 0, 1, 3).reshape(count, length, d)
+    upper = torch.linalg.solve_triangular(roots, columns, upper=False, left=False)
+    feedback = upper.view(count, count, d, d).permute(1, 2, 0, 3).reshape(length, length)
+    return roots @ roots.mT, feedback
 
 
 def encode_rows(
@@ -112,7 +135,7 @@ def encode_rows(
         codec: in its stored form. A codec whose decoder needs the whole row is encoded as published,
             by the nearest latent, whatever H is.
         hessian: (in, in) float32, symmetric; None minimises the plain squared error.
-        damping: share of H's mean diagonal added to its diagonal.
+        damping: share of H's diagonal added to it.
 
     Raises:
         PocketError: NaN or Inf in the hessian.
@@ -144,6 +167,10 @@ def _encode_feedback(values: np.ndarray, table: np.ndarray, factors: Factors) ->
     rows, d = len(values), table.shape[1]
     ordered = values.reshape(rows, -1, d)[:, factors.order].reshape(rows, -1)
     found = kernels.encode_feedback(ordered, table, factors.metric, factors.feedback)
+    for _ in range(AGAIN):
+        found = kernels.encode_feedback(
+            ordered, table, factors.fixed_metric, factors.fixed_feedback, found
+        )
     index = np.empty_like(found)
     index[:, factors.order] = found
     return index
@@ -161,8 +188,6 @@ def _ratio(error: float, whole: float) -> float:
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """LAPACK on one thread, so that its rounding does not depend on how many there are."""
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

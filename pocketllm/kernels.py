@@ -434,20 +434,24 @@ def cluster_sums(
 # ---- encoding with error feedback -------------------------------------------------------------
 
 
-def encode_feedback(x: Floats, table: Floats, metric: Floats, feedback: Floats) -> Ints:
+def encode_feedback(
+    x: Floats, table: Floats, metric: Floats, feedback: Floats, previous: Ints | None = None
+) -> Ints:
     """Choose the sub-vectors of each row in order, feeding every error into the later targets.
 
     ``q[l] = x[l] + sum over m < l of (x[m] - table[index[m]]) @ feedback[m, l]``, and ``index[l]`` is
     the entry t of the smallest ``(q[l] - t) @ metric[l] @ (q[l] - t)``, lowest index on ties, where
-    x[l] are the columns ``l*d .. l*d + d - 1`` and feedback[m, l] is the (d, d) block.
+    x[l] are the columns ``l*d .. l*d + d - 1`` and feedback[m, l] is the (d, d) block. With
+    ``previous``, an earlier choice, q[l] also gets what that choice of the sub-vectors m > l adds.
 
     Args:
         x: (rows, L*d) normalised rows, columns in the order of encoding.
         table: (K, d), d in 1..16, K in 1..65536.
         metric: (L, d, d), symmetric and positive definite.
-        feedback: (L*d, L*d); only blocks above the diagonal are read.
+        feedback: (L*d, L*d); diagonal blocks are not read, those below only with ``previous``.
+        previous: int32 (rows, L), each 0..K-1.
 
     Returns:
         int32 (rows, L).
     """
-    return _kernels.encode_feedback(x, table, metric, feedback, _threads())
+    return _kernels.encode_feedback(x, table, metric, feedback, previous, _threads())

@@ -1,15 +1,21 @@
 /* test_kernels.c - runs every family's checks on every instruction set this machine has. */
 #include "check.h"
 
+void test_feedback(const pllm_kernels *k);
+void test_infer(const pllm_kernels *k);
 void test_pack(const pllm_kernels *k);
 void test_search(const pllm_kernels *k);
+void test_training(const pllm_kernels *k);
 
 static const struct {
     const char *name;
     void (*run)(const pllm_kernels *k);
 } families[] = {
+    {"feedback", test_feedback},
+    {"infer", test_infer},
     {"pack", test_pack},
     {"search", test_search},
+    {"training", test_training},
 };
 
 long check_count, check_failures;

@@ -11,15 +11,22 @@ def encode_feedback(
     table: NDArray[np.float32],
     metric: NDArray[np.float32],
     feedback: NDArray[np.float32],
+    previous: NDArray[np.int32] | None = None,
 ) -> NDArray[np.int32]:
     """Twin of :func:`pocketllm.kernels.encode_feedback`, in float64."""
     rows, d = len(x), table.shape[1]
     entries = table.astype(np.float64)
     error = np.zeros(x.shape)
+    if previous is not None:
+        error = x - entries[previous].reshape(x.shape)
     index = np.zeros((rows, len(metric)), np.int32)
     for l, inner in enumerate(metric.astype(np.float64)):
         here = slice(l * d, l * d + d)
-        target = x[:, here] + error[:, : l * d] @ feedback[: l * d, here].astype(np.float64)
+        others = feedback[:, here].astype(np.float64)
+        others[here] = 0.0
+        if previous is None:
+            others[l * d :] = 0.0
+        target = x[:, here] + error @ others
         gap = target[:, None] - entries
         index[:, l] = np.einsum("rka,ab,rkb->rk", gap, inner, gap).argmin(1)
         error[:, here] = x[:, here] - entries[index[:, l]]
