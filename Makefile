@@ -22,11 +22,7 @@ lint:
 ctest:
 	$(MAKE) -C csrc/tests native
 
-# gcc's variable tracking takes minutes on sanitized kernels and serves only a debugger.
-asan:
-	$(MAKE) -C csrc/tests $@ CC="gcc -fno-var-tracking"
-
-neon avx512-emulated:
+asan neon avx512-emulated:
 	$(MAKE) -C csrc/tests $@
 
 check: lint ctest test
@@ -42,7 +38,7 @@ warnings:
 # the address sanitizer prevents.
 sanitize:
 	rm -rf $(sanitized)
-	CC=gcc CFLAGS=-fno-var-tracking POCKETLLM_SANITIZE=address,undefined $(python) setup.py -q build \
+	CC=gcc POCKETLLM_SANITIZE=address,undefined $(python) setup.py -q build \
 	    --build-base $(sanitized)-objects --build-lib $(sanitized)
 	cd $(sanitized) && $(sanitizers) $(python) -c "import pocketllm, pathlib; \
 	    assert pathlib.Path(pocketllm.__file__).is_relative_to(pathlib.Path.cwd())"
