@@ -25,25 +25,16 @@ from .config import PocketConfig
 from .dense import load_model, load_tokenizer, meta_model, source_folder
 from .encode import encode_rows
 from .errors import PocketError
+from .hf import dense_tensors
 from .layout import Rows, Target, matrix_of, normalise
 from .planning import WINDOW, Plan, make_plan, predict_time
 from .schema import ModuleSpec
 from .stored import StoredCodec, train_stored_codec
-from .tensorfile import LazyTensor, TensorSource
 from .workspace import Workspace, fingerprint
 
 if TYPE_CHECKING:
     from torch import nn
 
-DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.bool: "BOOL",
-}
 # Sub-vectors a codec is trained on: this many, or so many a codeword, whichever is more.
 TRAINING_SUBVECTORS = 2**18
 TRAINING_PER_CODEWORD = 64
@@ -117,7 +108,7 @@ def compress(
             path,
             modules=modules,
             codecs=codecs,
-            dense_tensors=_dense_tensors(net, plan.targets),
+            dense_tensors=dense_tensors(net, [t.name for t in plan.targets]),
             config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
             quantization=_record(config, plan),
             copy_from=folder,
@@ -273,7 +264,7 @@ class Compression:
         weight = matrix_of(self.model.get_submodule(target.name), target.kind)
         rows = self._normalised(target, weight, codec.spec.subvector)
         encoded = encode_rows(rows, weight, codec, hessian if self.config.feedback else None)
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "packed": kernels.pack(encoded.index, codec.spec.index_bits).reshape(-1),
             "errors": np.array([encoded.error, encoded.output_error], np.float64),
         }
@@ -331,7 +322,9 @@ class Compression:
             0,
             target.shape[0],
             codec.view,
-            None if data.scale is None else data.scale.astype(np.float32),
+            np.ones(target.shape[0], np.float32)
+            if data.scale is None
+            else data.scale.astype(np.float32),
             None if data.shift is None else data.shift.astype(np.float32),
         )
         weight = self.model.get_submodule(target.name).weight
@@ -347,21 +340,6 @@ class Compression:
 
 def _part(target: Target) -> str:
     return f"matrix-{target.name}"
-
-
-def _dense_tensors(model: nn.Module, targets: Sequence[Target]) -> dict[str, TensorSource]:
-    """Everything of the model that stays as it is, tied tensors once."""
-    compressed = {f"{t.name}.weight" for t in targets}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    tensors: dict[str, TensorSource] = {}
-    for name, tensor in model.state_dict().items():
-        if name not in compressed and name not in tied:
-            tensors[name] = LazyTensor(DTYPES[tensor.dtype], tuple(tensor.shape), _bytes_of(tensor))
-    return tensors
-
-
-def _bytes_of(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
-    return lambda: tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _record(config: PocketConfig, plan: Plan) -> dict[str, Any]:

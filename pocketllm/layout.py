@@ -94,7 +94,7 @@ def normalise(
         row_shift: subtract the row's mean first.
 
     Scale and shift are rounded to float16 before they are applied, so that what is stored is what
-    was used. A row that is constant after the shift gets scale 1.
+    was used. A row that is zero after the shift gets scale 0 and comes back as exactly the shift.
 
     Raises:
         PocketError: NaN or Inf in the weight, or a row too large for float16 scales.
@@ -116,8 +116,10 @@ def normalise(
     if row_scale and columns:
         spread = np.sqrt(np.square(body, dtype=np.float64).mean(1))
         # Below float16's smallest number the row is zero for every purpose.
-        scale = _float16(np.where(spread < FLOAT16_TINY, 1.0, spread), "scale")
-        body /= scale.astype(np.float32)[:, None]
+        zero = spread < FLOAT16_TINY
+        scale = _float16(np.where(zero, 0.0, spread), "scale")
+        body /= np.where(zero, 1.0, scale).astype(np.float32)[:, None]
+        body[zero] = 0.0
     return Rows(values, scale, shift)
 
 

@@ -56,9 +56,11 @@ def test_zero_and_constant_rows_are_harmless() -> None:
     weight[2, 0] = 1e-12
     for shift in (False, True):
         rows = normalise(weight, 4, row_shift=shift)
-        assert np.isfinite(rows.values).all() and (rows.scale > 0).all()
+        assert np.isfinite(rows.values).all() and rows.scale[0] == 0
+        # Whatever a codec makes of a zero row, what comes back is the row.
+        values = rows.values + (rows.scale == 0)[:, None]
         np.testing.assert_allclose(
-            denormalise(rows.values, 8, rows.scale, rows.shift), weight, atol=1e-6
+            denormalise(values, 8, rows.scale, rows.shift), weight, atol=1e-6
         )
 
 
