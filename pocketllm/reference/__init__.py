@@ -3,15 +3,41 @@
 from pocketllm.reference.feedback import encode_feedback
 from pocketllm.reference.inference import decode_row_list, decode_rows, matmul
 from pocketllm.reference.search import distances, index_max, nearest, pack, unpack
+from pocketllm.reference.training import (
+    TrainStep,
+    adam,
+    cluster_sums,
+    decode,
+    decode_backward,
+    encode,
+    encode_backward,
+    mlp,
+    mlp_backward,
+    rln,
+    rln_backward,
+    train_step,
+)
 
 __all__ = [
+    "TrainStep",
+    "adam",
+    "cluster_sums",
+    "decode",
+    "decode_backward",
     "decode_row_list",
     "decode_rows",
     "distances",
+    "encode",
+    "encode_backward",
     "encode_feedback",
     "index_max",
     "matmul",
+    "mlp",
+    "mlp_backward",
     "nearest",
     "pack",
+    "rln",
+    "rln_backward",
+    "train_step",
     "unpack",
 ]

@@ -207,7 +207,9 @@ def train_step(
     index = distance.argmin(axis=1).astype(np.int32)
     chosen = book[index]
     decoded = decode(chosen.reshape(rows.shape), decoder, **shape)
-    factor = np.ones_like(rows) if weight is None else np.broadcast_to(weight, rows.shape)
+    factor = np.ones_like(rows)
+    if weight is not None:
+        factor = np.broadcast_to(np.asarray(weight, np.float64), rows.shape)
     reconstruction = float((factor * (decoded - rows) ** 2).mean())
     commitment = float(((z - chosen) ** 2).mean())
     grad_decoded = 2.0 / rows.size * factor * (decoded - rows)
@@ -248,3 +250,17 @@ def adam(
     variance[...] = beta2 * variance + (1.0 - beta2) * np.square(grad)
     corrected = np.sqrt(variance / (1.0 - beta2**step)) + eps
     param[...] -= lr / (1.0 - beta1**step) * mean / corrected
+
+
+def cluster_sums(
+    x: Array, index: Array, k: int, *, weight: Array | None = None
+) -> tuple[Array, Array]:
+    """(sum (d, k) of weight * x, mass of the weights) per codeword; see pocketllm.kernels."""
+    x = np.asarray(x, np.float64)
+    full = np.ones(x.shape)
+    if weight is not None:
+        full = np.broadcast_to(np.asarray(weight, np.float64).reshape(len(x), -1), x.shape)
+    total, mass = np.zeros((k, x.shape[1])), np.zeros((k, x.shape[1]))
+    np.add.at(total, index, full * x)
+    np.add.at(mass, index, full)
+    return total.T, mass.T if weight is not None and weight.ndim == 2 else mass[:, 0]
