@@ -30,9 +30,6 @@ static inline vi vi_iota(void)
 }
 static inline vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
 static inline void vi_store(int32_t *p, vi a) { _mm512_storeu_si512(p, a); }
-static inline vi vi_load_i8(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(VF_QUARTER(p))); }
-static inline vi vi_load_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(VF_QUARTER(p))); }
-static inline vi vi_load_u16(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(VF_HALF(p))); }
 
 static inline vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 static inline vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
@@ -53,7 +50,6 @@ static inline vi vi_xor(vi a, vi b) { return _mm512_xor_si512(a, b); }
 static inline vi vi_srlv(vi a, vi n) { return _mm512_srlv_epi32(a, n); }
 static inline vi vi_sll(vi a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
 static inline vi vi_srl(vi a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
-static inline vi vi_sra(vi a, int n) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128(n)); }
 
 static inline vf vf_bits(vi a) { return _mm512_castsi512_ps(a); }
 static inline vi vi_bits(vf a) { return _mm512_castps_si512(a); }
@@ -115,8 +111,30 @@ static inline vf vf_gather(const float *p, vi index)
     VF_LANES y[i] = p[x[i]];
     return vf_load(y);
 }
+static inline vi vi_sra(vi a, int n)
+{
+    int32_t x[VF_WIDTH];
+    vi_store(x, a);
+    VF_LANES x[i] >>= n;
+    return vi_load(x);
+}
+#define VF_WIDEN(name, T) \
+    static inline vi name(const T *p) \
+    { \
+        int32_t x[VF_WIDTH]; \
+        VF_LANES x[i] = p[i]; \
+        return vi_load(x); \
+    }
+VF_WIDEN(vi_load_i8, int8_t)
+VF_WIDEN(vi_load_u8, uint8_t)
+VF_WIDEN(vi_load_u16, uint16_t)
+#undef VF_WIDEN
 #undef VF_LANES
 #else
+static inline vi vi_sra(vi a, int n) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128(n)); }
+static inline vi vi_load_i8(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(VF_QUARTER(p))); }
+static inline vi vi_load_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(VF_QUARTER(p))); }
+static inline vi vi_load_u16(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(VF_HALF(p))); }
 static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vf vf_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
 static inline vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }

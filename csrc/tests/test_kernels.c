@@ -5,6 +5,7 @@ void test_feedback(const pllm_kernels *k);
 void test_infer(const pllm_kernels *k);
 void test_pack(const pllm_kernels *k);
 void test_search(const pllm_kernels *k);
+void test_simd(const pllm_kernels *k);
 void test_training(const pllm_kernels *k);
 
 static const struct {
@@ -15,6 +16,7 @@ static const struct {
     {"infer", test_infer},
     {"pack", test_pack},
     {"search", test_search},
+    {"simd", test_simd},
     {"training", test_training},
 };
 
