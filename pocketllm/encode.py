@@ -1,9 +1,9 @@
 """From normalised rows to indices: nearest codeword, or chosen under H with error feedback.
 
-With H = E[x xᵀ] of the layer's inputs the error that matters is tr((W - Ŵ) H (W - Ŵ)ᵀ). Sub-vectors of a
-row are encoded one after another, the ones that matter most first; the error made so far is fed into
-the target of the next through the block LDLᵀ factors of H, and each is chosen under the metric that
-remains (LDLQ of arXiv 2307.13304, GPTQ of arXiv 2210.17323, in blocks of d columns). Then every
+With H = E[x xᵀ] of the layer's inputs the error that matters is tr((W - Ŵ) H (W - Ŵ)ᵀ). Sub-vectors
+of a row are encoded one after another, the ones that matter most first; the error made so far is fed
+into the target of the next through the block LDLᵀ factors of H, and each is chosen under the metric
+that remains (LDLQ of arXiv 2307.13304, GPTQ of arXiv 2210.17323, in blocks of d columns). Then every
 sub-vector is chosen again, given all others, which can only lower the error.
 """
 
@@ -21,11 +21,11 @@ from .errors import PocketError
 from .layout import Rows, denormalise, subvector_count
 from .stored import StoredCodec
 
-# Share of H's diagonal that is added to it: what the text at hand says about correlations is trusted
-# that much less. A share of the mean instead would drown the many inputs that are mostly near zero.
+# Share of H's diagonal that is added to it: what the text at hand says about correlations is
+# trusted that much less. A share of the mean would drown the many inputs that are mostly near zero.
 DAMPING = 0.03
-# The same for inputs that the text never used, as a share of the mean.
-FLOOR = 1e-6
+# The same as a share of the mean, for inputs that the text hardly used but another text may.
+FLOOR = 1e-3
 # Times each sub-vector is chosen again. The output error falls by about 5, 2 and 0.5 %.
 AGAIN = 2
 
@@ -132,8 +132,8 @@ def encode_rows(
     Args:
         rows: the normalised rows of ``weight`` (see :func:`pocketllm.layout.normalise`).
         weight: (out, in) float32.
-        codec: in its stored form. A codec whose decoder needs the whole row is encoded as published,
-            by the nearest latent, whatever H is.
+        codec: in its stored form. A codec whose decoder needs the whole row is encoded as
+            published, by the nearest latent, whatever H is.
         hessian: (in, in) float32, symmetric; None minimises the plain squared error.
         damping: share of H's diagonal added to it.
 
