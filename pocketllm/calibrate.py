@@ -1,11 +1,11 @@
 """Second moments of the inputs of a causal LM's linears, decoder layer by decoder layer.
 
 H = E[x xᵀ] over the tokens of a calibration text, x the input of a linear. Layers are visited in
-order, and a layer sees what the layers before it give *after* the caller has replaced their weights,
-so that later layers are fitted to inputs that already carry the earlier layers' errors.
+order, and a layer sees what the layers before it give *after* the caller has replaced their
+weights, so that later layers are fitted to inputs that already carry the earlier layers' errors.
 
-Memory: the hidden states (windows x length x hidden, float32), one decoder layer in float32, and the
-second moments of one layer. Nothing depends on the number of workers, to the bit: a window is
+Memory: the hidden states (windows x length x hidden, float32), one decoder layer in float32, and
+the second moments of one layer. Nothing depends on the number of workers, to the bit: a window is
 computed by one thread, and windows are summed in order.
 """
 
@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -138,6 +139,9 @@ class Calibrator:
         targets: module names whose input matters.
         workers: threads; None = torch's.
 
+    Attributes:
+        progress: set by the caller; called with the share of the windows that a pass has done.
+
     Raises:
         PocketError: no list of decoder layers, or token numbers the model does not have.
     """
@@ -163,6 +167,7 @@ class Calibrator:
         self._names = {id(m): n for n, m in model.named_modules()}
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(workers or self._threads, initializer=_one_thread)
+        self.progress: Callable[[float], None] | None = None
         self._local = threading.local()
         self._hidden: torch.Tensor | None = None
         self._tuples: dict[int, int] = {}
@@ -177,6 +182,10 @@ class Calibrator:
         torch.set_num_threads(self._threads)
         while self._undo:
             self._undo.pop()()
+
+    def __len__(self) -> int:
+        """Number of decoder layers."""
+        return len(self._layers)
 
     def layers(self) -> Iterator[CalibratedLayer]:
         """The decoder layers in order."""
@@ -253,10 +262,10 @@ class Calibrator:
             del module
             x = args[0]
             for seen, names in self._local.inputs:  # tensors held here cannot share an address
-                if seen.data_ptr() == x.data_ptr() and seen.shape == x.shape:
-                    if name not in names:
-                        names.append(name)
-                        return
+                same = seen.data_ptr() == x.data_ptr() and seen.shape == x.shape
+                if same and name not in names:
+                    names.append(name)
+                    return
             self._local.inputs.append((x, [name]))
 
         return note
@@ -278,6 +287,8 @@ class Calibrator:
         ahead = 2 * self._pool._max_workers
         for window in range(len(self.windows)):
             pending.append(self._pool.submit(work, window))
+            if self.progress is not None:
+                self.progress((window + 1) / len(self.windows))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
@@ -294,11 +305,8 @@ class Calibrator:
         """
         local = self._local
         local.index, local.state, local.collect, local.result = index, state, collect, None
-        with torch.no_grad():
-            try:
-                self.model(input_ids=self.windows[window : window + 1], use_cache=False)
-            except _Done:
-                pass
+        with torch.no_grad(), suppress(_Done):
+            self.model(input_ids=self.windows[window : window + 1], use_cache=False)
         result = local.result
         local.state = local.result = None
         return result

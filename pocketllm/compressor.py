@@ -8,14 +8,13 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from . import __version__, kernels
 from .calibrate import Calibrator, read_windows
@@ -27,7 +26,8 @@ from .encode import encode_rows
 from .errors import PocketError
 from .hf import dense_tensors
 from .layout import Rows, Target, matrix_of, normalise
-from .planning import WINDOW, Plan, make_plan, predict_time
+from .planning import WINDOW, Plan, make_plan, predict_work, training_subvectors
+from .progress import Progress
 from .schema import ModuleSpec
 from .stored import StoredCodec, train_stored_codec
 from .workspace import Workspace, fingerprint
@@ -35,9 +35,6 @@ from .workspace import Workspace, fingerprint
 if TYPE_CHECKING:
     from torch import nn
 
-# Sub-vectors a codec is trained on: this many, or so many a codeword, whichever is more.
-TRAINING_SUBVECTORS = 2**18
-TRAINING_PER_CODEWORD = 64
 # A dense matrix is worth a warning above this share of the file.
 DENSE_SHARE = 0.02
 
@@ -94,26 +91,29 @@ def compress(
     """
     started = time.monotonic()
     config = config or PocketConfig()
-    path = check_output(out)
+    # A run that was killed after its last step left both the result and the parts.
+    finished = resume and Workspace.folder_of(Path(out)).is_dir() and Path(out).is_dir()
+    path = Path(out).absolute() if finished else check_output(out)
     folder = source_folder(model)
     _check_calibration(config)
     with _threads(config.workers):
         net = load_model(folder)
         plan = make_plan(net, config)
         job = {"version": __version__, "source": fingerprint(folder), **_job_settings(config)}
-        workspace = Workspace(path, job, resume=resume)
-        run = Compression(net, folder, config, plan, workspace, progress)
-        codecs, modules = run.encode_all()
-        write_checkpoint(
-            path,
-            modules=modules,
-            codecs=codecs,
-            dense_tensors=dense_tensors(net, [t.name for t in plan.targets]),
-            config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-            quantization=_record(config, plan),
-            copy_from=folder,
-        )
-        workspace.remove()
+        with Workspace(path, job, resume=resume) as workspace:
+            run = Compression(net, folder, config, plan, workspace, progress and not finished)
+            codecs, modules = run.encode_all()
+            if not finished:
+                write_checkpoint(
+                    path,
+                    modules=modules,
+                    codecs=codecs,
+                    dense_tensors=dense_tensors(net, [t.name for t in plan.targets]),
+                    config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+                    quantization=_record(config, plan),
+                    copy_from=folder,
+                )
+            workspace.remove()
     checkpoint = open_checkpoint(path, check=False)
     return CompressResult(
         out=path,
@@ -139,7 +139,7 @@ def plan(model: str | os.PathLike[str], config: PocketConfig | None = None) -> P
     _check_calibration(config)
     with _threads(config.workers):
         result = make_plan(meta_model(folder), config)
-        result.seconds = predict_time(result, config)
+        result.seconds = predict_work(result, config).total
     return result
 
 
@@ -171,13 +171,18 @@ class Compression:
         self.warnings: list[str] = []
         self.codecs: dict[str, StoredCodec] = {}
         self._modules: dict[str, ModuleData] = {}
-        self._bar = tqdm(total=plan.weights, unit="w", unit_scale=True, disable=not progress)
         self._targets = {t.name: t for t in plan.targets}
+        # Calibration widens layers to float32 while they are visited.
+        self._dtypes = {
+            t.name: str(model.get_submodule(t.name).weight.dtype).removeprefix("torch.")
+            for t in plan.targets
+        }
+        self._work = predict_work(plan, config)
+        self._progress = Progress("compressing", self._work.total, progress)
 
     def encode_all(self) -> tuple[list[CodecData], list[ModuleData]]:
         """Train every codec and encode every matrix; returns what the file stores."""
-        with self._bar:
-            self._check_dense()
+        with self._progress:
             for number, name in enumerate(self.plan.codecs):
                 self.codecs[name] = self._codec(name, f"codec-{number:04d}")
             if self.config.calibration is None:
@@ -195,13 +200,15 @@ class Compression:
             config.calibration, load_tokenizer(self.folder), config.calibration_windows, WINDOW
         )
         with Calibrator(self.model, windows, self._targets, workers=config.workers) as calibrator:
+            work = self._work.calibration / len(calibrator) / 2
             for layer in calibrator.layers():
-                self._bar.set_postfix_str(f"calibrating {layer.name}")
+                calibrator.progress = self._progress.step(f"inputs of {layer.name}", work)
                 done = all(self._load(self._targets[name]) for name in layer.targets)
                 moments = {} if done else layer.hessians()
                 for name in layer.targets:
                     self._encode(self._targets[name], moments.get(name))
                     self._replace_weight(self._targets[name])
+                calibrator.progress = self._progress.step(f"outputs of {layer.name}", work)
             rest = [t for t in self.plan.targets if t.name not in self._modules]
             moment = calibrator.head_hessian() if rest else None
         for target in rest:
@@ -212,9 +219,9 @@ class Compression:
         spec = self.plan.codecs[name]
         arrays = self.workspace.load(part)
         if arrays is None:
-            self._bar.set_postfix_str(f"training {name}")
+            show = self._progress.step(f"codec {name}", self._work.codecs[name])
             groups = self._training_rows(name)
-            trained = train_stored_codec(groups, spec, self.config, self._codec_progress(name))
+            trained = train_stored_codec(groups, spec, self.config, lambda share, _: show(share))
             self.warnings += [f"{name}: {w}" for w in trained.warnings]
             arrays = trained.arrays()
             self.workspace.store(part, arrays)
@@ -226,7 +233,7 @@ class Compression:
         owners = [t for t in owners if not t.tied_to]
         spec = self.plan.codecs[name]
         total = sum(t.shape[0] * -(-t.shape[1] // spec.subvector) for t in owners)
-        share = min(1.0, max(TRAINING_SUBVECTORS, TRAINING_PER_CODEWORD * spec.codebook) / total)
+        share = min(1.0, training_subvectors(spec.codebook) / total)
         groups: dict[int, list[np.ndarray]] = {}
         rng = np.random.default_rng([self.config.seed, 1])
         for target in owners:
@@ -249,17 +256,11 @@ class Compression:
         except PocketError as error:
             raise PocketError(f"{target.name}: {error}") from error
 
-    def _codec_progress(self, name: str) -> Callable[[float, str], None]:
-        def show(share: float, what: str) -> None:
-            self._bar.set_postfix_str(f"{name}: {what} {share:.0%}")
-
-        return show
-
     def _encode(self, target: Target, hessian: np.ndarray | None) -> None:
         """Encode one matrix and keep the part, unless the workspace has it."""
         if self._load(target):
             return
-        self._bar.set_postfix_str(target.name)
+        self._progress.step(target.name, self._work.matrices[target.name])
         codec = self.codecs[self.plan.codec_of[target.name]]
         weight = matrix_of(self.model.get_submodule(target.name), target.kind)
         rows = self._normalised(target, weight, codec.spec.subvector)
@@ -296,10 +297,8 @@ class Compression:
         self.errors[target.name] = error
         if np.isfinite(output_error):
             self.output_errors[target.name] = output_error
-        self._bar.update(target.weights)
 
     def _spec(self, target: Target) -> ModuleSpec:
-        weight = self.model.get_submodule(target.name).weight
         return ModuleSpec(
             target.name,
             target.kind,
@@ -307,7 +306,7 @@ class Compression:
             codec=None if target.tied_to else self.plan.codec_of[target.name],
             scale=self.config.row_scale,
             shift=self.config.row_shift,
-            dtype=str(weight.dtype).removeprefix("torch."),
+            dtype=self._dtypes[target.name],
             tied_to=target.tied_to,
         )
 
@@ -329,13 +328,6 @@ class Compression:
         )
         weight = self.model.get_submodule(target.name).weight
         weight.data.copy_(torch.from_numpy(decoded.T if target.kind == "conv1d" else decoded))
-
-    def _check_dense(self) -> None:
-        """Refuse NaN or Inf in what stays dense; matrices are checked when they are normalised."""
-        compressed = {f"{t.name}.weight" for t in self.plan.targets}
-        for name, parameter in self.model.named_parameters():
-            if name not in compressed and not torch.isfinite(parameter).all():
-                raise PocketError(f"{name}: holds NaN or Inf, the source model is damaged")
 
 
 def _part(target: Target) -> str:

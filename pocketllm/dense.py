@@ -75,7 +75,8 @@ def load_model(folder: Path) -> nn.Module:
     """The causal LM in its stored dtype, on the CPU, in evaluation mode, without gradients.
 
     Raises:
-        PocketError: transformers cannot load it, or tensors of it are missing in the file.
+        PocketError: transformers cannot load it, tensors of it are missing in the file, or hold NaN
+            or Inf.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -102,7 +103,19 @@ def load_model(folder: Path) -> nn.Module:
     missing = sorted(info["missing_keys"])
     if missing:
         raise PocketError(f"{folder}: its files lack {len(missing)} tensors, {missing[0]} for one")
+    check_finite(model)
     return model.eval().requires_grad_(False)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with NaN or Inf in a parameter.
+
+    Raises:
+        PocketError: names the parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise PocketError(f"{name}: holds NaN or Inf, the source model is damaged")
 
 
 def meta_model(folder: Path) -> nn.Module:

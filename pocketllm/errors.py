@@ -1,4 +1,4 @@
-"""The package's exceptions: every expected failure is one of these, with one sentence that says what to do."""
+"""The package's exceptions: each is one sentence that says what is wrong and what to do."""
 
 
 class PocketError(ValueError):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .compressor import Compression
+from .dense import check_finite
 from .errors import PocketError
 from .planning import make_plan
 
@@ -49,6 +50,7 @@ def compress_in_memory(
             "calibration: needs a model loaded from a folder, whose tokenizer it uses;"
             " compress to a folder instead"
         )
+    check_finite(model)
     plan = make_plan(model, config)
     run = Compression(model, folder, config, plan, _Forgetful(), False)  # type: ignore[arg-type]
     codecs, modules = run.encode_all()

@@ -22,6 +22,17 @@ WINDOW = 512
 # A codec is shared by every layer's tensor of one role when its stored bits stay below this share
 # of the bits of their indices, and by the whole model otherwise.
 CODEC_SHARE = 0.02
+# Sub-vectors a codec is trained on: this many, or so many a codeword, whichever is more.
+TRAINING_SUBVECTORS = 2**18
+TRAINING_PER_CODEWORD = 64
+# What a codec's training costs: searches over its sample (k-means, epochs, refinement), and
+# operations a sub-vector and parameter pair of all epochs.
+SEARCHES = 30
+STEP_FLOPS = 2000
+# Times a sub-vector is chosen under second moments; forward passes of a calibration (second
+# moments and the layer again), with what surrounds the products.
+CHOICES = 3
+PASSES = 4
 # Bytes of a safetensors header entry and of its checksum, besides twice the tensor's name.
 ENTRY_BYTES = 140
 
@@ -39,7 +50,7 @@ class Plan:
         bytes: predicted size of all weight files.
         bytes_bf16: size of the dense model's weights in bf16, tied matrices once.
         bits_per_weight: predicted, over the compressed matrices, codecs and scales included.
-        seconds: predicted wall time, or None before ``predict_time``.
+        seconds: predicted wall time, or None before it was measured.
         memory: predicted peak memory in bytes.
     """
 
@@ -95,26 +106,53 @@ def make_plan(model: nn.Module, config: PocketConfig) -> Plan:
     )
 
 
-def predict_time(plan: Plan, config: PocketConfig) -> float:
-    """Predicted seconds of the compression on this machine, from short measurements of its kernels."""
-    search = _seconds_per_search_unit()
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Predicted seconds of the parts of a compression.
+
+    Attributes:
+        codecs: codec name -> training it.
+        matrices: target name -> encoding it.
+        calibration: all passes over the calibration text.
+    """
+
+    codecs: dict[str, float]
+    matrices: dict[str, float]
+    calibration: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return sum(self.codecs.values()) + sum(self.matrices.values()) + self.calibration
+
+
+def predict_work(plan: Plan, config: PocketConfig) -> Work:
+    """Predicted seconds on this machine, from short measurements of its kernels."""
+    search, flops = _seconds_per_search_unit(), _matmul_flops()
     sub_vectors = dict.fromkeys(plan.codecs, 0)
+    matrices = {}
     for target in plan.targets:
-        if not target.tied_to:
-            name = plan.codec_of[target.name]
-            sub_vectors[name] += target.shape[0] * subvector_count(
-                target.shape[1], plan.codecs[name].subvector
-            )
-    seconds = 1.0
-    for name, spec in plan.codecs.items():
-        # Training and k-means search the sub-vectors (a capped sample) a few dozen times.
-        trained = min(sub_vectors[name], 2**18) * 40
-        seconds += search * (trained + sub_vectors[name]) * spec.codebook * spec.subvector
-    if config.calibration is not None:
-        tokens = config.calibration_windows * WINDOW
-        seconds += 6 * plan.weights * tokens / _matmul_flops()
-        seconds += sum(2 * t.weights * t.shape[1] for t in plan.targets) / _matmul_flops()
-    return seconds
+        codec = plan.codecs[plan.codec_of[target.name]]
+        count = (
+            target.weights // target.shape[1] * subvector_count(target.shape[1], codec.subvector)
+        )
+        sub_vectors[codec.name] += count
+        matrices[target.name] = search * count * codec.codebook * codec.subvector
+        if config.calibration is not None:
+            matrices[target.name] *= CHOICES
+            matrices[target.name] += 2 * CHOICES * target.weights * target.shape[1] / flops
+    codecs = {}
+    for name, codec in plan.codecs.items():
+        sample = min(sub_vectors[name], training_subvectors(codec.codebook))
+        codecs[name] = search * SEARCHES * sample * codec.codebook * codec.subvector
+        codecs[name] += sample * STEP_FLOPS * codec.hidden * codec.subvector / flops
+    tokens = config.calibration_windows * WINDOW if config.calibration is not None else 0
+    return Work(codecs, matrices, PASSES * 2 * plan.weights * tokens / flops)
+
+
+def training_subvectors(codewords: int) -> int:
+    """How many sub-vectors a codec is trained on."""
+    return max(TRAINING_SUBVECTORS, TRAINING_PER_CODEWORD * codewords)
 
 
 def _spec(config: PocketConfig, shape: Shape, name: str = "") -> CodecSpec:

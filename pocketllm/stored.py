@@ -135,6 +135,6 @@ def round_table(table: np.ndarray, storage: str) -> dict[str, np.ndarray]:
 
 
 def _recut(groups: Sequence[np.ndarray], subvector: int) -> np.ndarray:
-    """All sub-vectors as rows of one length: without RLN inside, rows mean nothing by themselves."""
+    """All sub-vectors as rows of one length: without RLN inside, rows mean nothing as such."""
     length = math.gcd(*(rows.shape[1] // subvector for rows in groups)) * subvector
     return np.concatenate([rows.reshape(-1, length) for rows in groups])

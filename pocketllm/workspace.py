@@ -6,6 +6,7 @@ job: the same source, settings and version of the package; anything else is refu
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -34,10 +35,35 @@ class Workspace:
 
         Raises:
             PocketError: an unfinished job is there and ``resume`` is False, or it is another job,
-                or the folder cannot be written.
+                or another process works on it, or the folder cannot be written.
         """
-        self.folder = out.with_name(out.name + ".partial")
+        self.folder = self.folder_of(out)
         self._resume_finds_job(job, resume)
+        self._lock = self._locked()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+
+    @staticmethod
+    def folder_of(out: Path) -> Path:
+        """Where the parts of ``out`` wait."""
+        return out.with_name(out.name + ".partial")
+
+    def _locked(self) -> int:
+        """A lock that ends with the process, so that two of them never work on one job."""
+        with writing(self.folder):
+            descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise PocketError(
+                f"{self.folder}: another process is working on it: wait for it or stop it"
+            ) from error
+        return descriptor
 
     def _resume_finds_job(self, job: dict[str, Any], resume: bool) -> None:
         marker = self.folder / "job.json"

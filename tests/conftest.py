@@ -1,4 +1,4 @@
-"""Shared fixtures. Measured data lives outside the repository; POCKETLLM_SHARED names its folder."""
+"""Shared fixtures. Reference data lies outside the repository: POCKETLLM_SHARED names it."""
 
 from __future__ import annotations
 

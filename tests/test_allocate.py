@@ -99,7 +99,7 @@ def test_predicted_errors_fall_with_the_rate() -> None:
     assert all(a > b for a, b in zip(errors, errors[1:], strict=False))
     rng = np.random.default_rng(0)
     x = rng.standard_normal(20000)
-    # Lloyd's algorithm from the best point density of a Gaussian, p^(1/3): a Gaussian of variance 3.
+    # Lloyd's algorithm from the best point density of a Gaussian, p^(1/3): variance 3.
     levels = np.array([NormalDist(0, 3**0.5).inv_cdf((k + 0.5) / 128) for k in range(128)])
     for _ in range(5):
         nearest = np.abs(x[:, None] - levels).argmin(1)

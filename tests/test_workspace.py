@@ -18,6 +18,9 @@ def test_parts_survive_and_foreign_jobs_are_refused(tmp_path: Path) -> None:
     first.store("part", {"x": np.arange(5, dtype=np.int32)})
     with pytest.raises(PocketError, match="add --resume"):
         Workspace(out, {"seed": 0, "source": "a"}, resume=False)
+    with pytest.raises(PocketError, match="another process is working on it"):
+        Workspace(out, {"seed": 0, "source": "a"}, resume=True)
+    first.__exit__()
     with pytest.raises(PocketError, match="begun with another seed"):
         Workspace(out, {"seed": 1, "source": "a"}, resume=True)
     again = Workspace(out, {"seed": 0, "source": "a"}, resume=True)

@@ -20,14 +20,14 @@ def encode_feedback(
     if previous is not None:
         error = x - entries[previous].reshape(x.shape)
     index = np.zeros((rows, len(metric)), np.int32)
-    for l, inner in enumerate(metric.astype(np.float64)):
-        here = slice(l * d, l * d + d)
+    for place, inner in enumerate(metric.astype(np.float64)):
+        here = slice(place * d, place * d + d)
         others = feedback[:, here].astype(np.float64)
         others[here] = 0.0
         if previous is None:
-            others[l * d :] = 0.0
+            others[place * d :] = 0.0
         target = x[:, here] + error @ others
         gap = target[:, None] - entries
-        index[:, l] = np.einsum("rka,ab,rkb->rk", gap, inner, gap).argmin(1)
-        error[:, here] = x[:, here] - entries[index[:, l]]
+        index[:, place] = np.einsum("rka,ab,rkb->rk", gap, inner, gap).argmin(1)
+        error[:, here] = x[:, here] - entries[index[:, place]]
     return index
