@@ -1,10 +1,10 @@
 """From normalised rows to indices: nearest codeword, or chosen under H with error feedback.
 
 With H = E[x xᵀ] of the layer's inputs the error that matters is tr((W - Ŵ) H (W - Ŵ)ᵀ). Sub-vectors
-of a row are encoded one after another, the ones that matter most first; the error made so far is fed
-into the target of the next through the block LDLᵀ factors of H, and each is chosen under the metric
-that remains (LDLQ of arXiv 2307.13304, GPTQ of arXiv 2210.17323, in blocks of d columns). Then every
-sub-vector is chosen again, given all others, which can only lower the error.
+of a row are encoded one after another, the ones that matter most first; the error made so far is
+fed into the target of the next through the block LDLᵀ factors of H, and each is chosen under the
+metric that remains (LDLQ of arXiv 2307.13304, GPTQ of arXiv 2210.17323, in blocks of d columns).
+Then every sub-vector is chosen again, given all others, which can only lower the error.
 """
 
 from __future__ import annotations

@@ -355,7 +355,7 @@ def decode(latents: Floats, params: Floats, *, subvector: int, hidden: int, norm
 def decode_backward(
     latents: Floats, params: Floats, grad: Floats, *, subvector: int, hidden: int, norm: str
 ) -> tuple[Floats, Floats]:
-    """(grad_latents, grad_params) of :func:`decode`, given ``grad`` (rows, length) of its output."""
+    """(grad_latents, grad_params) of :func:`decode`, given ``grad`` (rows, length)."""
     return _kernels.decode_backward(
         latents, params, grad, subvector, hidden, _norm(norm), _threads()
     )
@@ -425,7 +425,7 @@ def cluster_sums(
         weight: None (all 1), (n,) or (n, d).
 
     Returns:
-        ``sum`` (d, k): of weight * x; ``mass``: of the weights, (k,), or (d, k) for a weight (n, d).
+        ``sum`` (d, k): of weight * x; ``mass``: of the weights, (k,), or (d, k) for weights (n, d).
     """
     return _kernels.cluster_sums(x, index, k, weight, _threads())
 
@@ -439,8 +439,8 @@ def encode_feedback(
 ) -> Ints:
     """Choose the sub-vectors of each row in order, feeding every error into the later targets.
 
-    ``q[l] = x[l] + sum over m < l of (x[m] - table[index[m]]) @ feedback[m, l]``, and ``index[l]`` is
-    the entry t of the smallest ``(q[l] - t) @ metric[l] @ (q[l] - t)``, lowest index on ties, where
+    ``q[l] = x[l] + sum over m < l of (x[m] - table[index[m]]) @ feedback[m, l]``, and ``index[l]``
+    is the entry t of the smallest ``(q[l] - t) @ metric[l] @ (q[l] - t)``, lowest index on ties;
     x[l] are the columns ``l*d .. l*d + d - 1`` and feedback[m, l] is the (d, d) block. With
     ``previous``, an earlier choice, q[l] also gets what that choice of the sub-vectors m > l adds.
 
