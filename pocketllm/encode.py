@@ -157,9 +157,7 @@ def encode_rows(
         rows.scale,
         rows.shift,
         _ratio(np.square(gap).sum(dtype=np.float64), np.square(weight).sum(dtype=np.float64)),
-        float("nan")
-        if hessian is None
-        else _ratio(_under(gap, hessian), _under(weight, hessian)),
+        float("nan") if hessian is None else _ratio(_under(gap, hessian), _under(weight, hessian)),
     )
 
 
