@@ -360,10 +360,9 @@ def _dense_warnings(plan: Plan, total: int) -> list[str]:
     for reason, size in sorted(reasons.items()):
         if size > DENSE_SHARE * total:
             names = [d.name for d in plan.dense if d.reason == reason]
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            warnings.append(
-                f"{names[0]}{more} stay dense ({reason}): {size / total:.0%} of the file"
-            )
+            several = len(names) > 1
+            what = f"{names[0]} and {len(names) - 1} more stay" if several else f"{names[0]} stays"
+            warnings.append(f"{what} dense ({reason}): {size / total:.0%} of the file")
     return warnings
 
 
