@@ -20,55 +20,55 @@ PLLM_INLINE const float *float_row(const char *table, uint64_t offset)
 }
 
 /* Sixteen values: 16 / d table rows side by side. d is a compile-time constant. */
-#if defined(PLLM_ISA_AVX2)
-PLLM_INLINE vf two_rows_of_4(const char *table, offset_pair at)
+#if defined(PLLM_ISA_AVX2) || defined(PLLM_ISA_AVX512)
+PLLM_INLINE __m128 row_of_4(const char *table, uint64_t offset)
 {
-    const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(float_row(table, at.first)));
-    return _mm256_insertf128_ps(low, _mm_loadu_ps(float_row(table, at.second)), 1);
+    return _mm_loadu_ps(float_row(table, offset));
 }
 
-PLLM_INLINE __m128d two_rows_of_2(const char *table, offset_pair at)
+PLLM_INLINE __m128 two_rows_of_2(const char *table, const int32_t *offset)
 {
+    const offset_pair at = load_pair(offset);
     const double *first = (const double *)(const void *)(table + at.first);
-    return _mm_loadh_pd(_mm_load_sd(first), (const double *)(const void *)(table + at.second));
+    const double *second = (const double *)(const void *)(table + at.second);
+    return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(first), second));
 }
+
+#if defined(PLLM_ISA_AVX2)
+PLLM_INLINE vf16 of_quarters(__m128 a, __m128 b, __m128 c, __m128 d)
+{
+    return (vf16){{_mm256_insertf128_ps(_mm256_castps128_ps256(a), b, 1),
+                   _mm256_insertf128_ps(_mm256_castps128_ps256(c), d, 1)}};
+}
+
+PLLM_INLINE vf16 of_halves(__m256 a, __m256 b) { return (vf16){{a, b}}; }
+#else
+PLLM_INLINE vf16 of_quarters(__m128 a, __m128 b, __m128 c, __m128 d)
+{
+    const __m512 low = _mm512_insertf32x4(_mm512_castps128_ps512(a), b, 1);
+    return (vf16){{_mm512_insertf32x4(_mm512_insertf32x4(low, c, 2), d, 3)}};
+}
+
+PLLM_INLINE vf16 of_halves(__m256 a, __m256 b)
+{
+    return (vf16){{_mm512_insertf32x8(_mm512_castps256_ps512(a), b, 1)}};
+}
+#endif
 
 PLLM_INLINE vf16 fetch_f32(const char *table, const int32_t *offset, int d)
 {
     if (d == 16)
         return vf16_load(float_row(table, (uint64_t)offset[0]));
+    if (d == 2)
+        return of_quarters(two_rows_of_2(table, offset), two_rows_of_2(table, offset + 2),
+                           two_rows_of_2(table, offset + 4), two_rows_of_2(table, offset + 6));
     const offset_pair a = load_pair(offset);
     if (d == 8)
-        return (vf16){{vf_load(float_row(table, a.first)), vf_load(float_row(table, a.second))}};
+        return of_halves(_mm256_loadu_ps(float_row(table, a.first)),
+                         _mm256_loadu_ps(float_row(table, a.second)));
     const offset_pair b = load_pair(offset + 2);
-    if (d == 4)
-        return (vf16){{two_rows_of_4(table, a), two_rows_of_4(table, b)}};
-    const __m256d low = _mm256_castpd128_pd256(two_rows_of_2(table, a));
-    const __m256d high = _mm256_castpd128_pd256(two_rows_of_2(table, load_pair(offset + 4)));
-    const __m128d second = two_rows_of_2(table, b);
-    const __m128d fourth = two_rows_of_2(table, load_pair(offset + 6));
-    return (vf16){{_mm256_castpd_ps(_mm256_insertf128_pd(low, second, 1)),
-                   _mm256_castpd_ps(_mm256_insertf128_pd(high, fourth, 1))}};
-}
-#elif defined(PLLM_ISA_AVX512) && !defined(PLLM_SIMDE)
-PLLM_INLINE vf16 fetch_f32(const char *table, const int32_t *offset, int d)
-{
-    if (d == 16)
-        return vf16_load(float_row(table, (uint64_t)offset[0]));
-    if (d == 2) {
-        const __m256i rows = _mm256_loadu_si256((const __m256i *)(const void *)offset);
-        return (vf16){{_mm512_castpd_ps(_mm512_i32gather_pd(rows, table, 1))}};
-    }
-    const offset_pair a = load_pair(offset);
-    if (d == 8) {
-        const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(float_row(table, a.first)));
-        return (vf16){{_mm512_insertf32x8(low, _mm256_loadu_ps(float_row(table, a.second)), 1)}};
-    }
-    const offset_pair b = load_pair(offset + 2);
-    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(float_row(table, a.first)));
-    v = _mm512_insertf32x4(v, _mm_loadu_ps(float_row(table, a.second)), 1);
-    v = _mm512_insertf32x4(v, _mm_loadu_ps(float_row(table, b.first)), 2);
-    return (vf16){{_mm512_insertf32x4(v, _mm_loadu_ps(float_row(table, b.second)), 3)}};
+    return of_quarters(row_of_4(table, a.first), row_of_4(table, a.second),
+                       row_of_4(table, b.first), row_of_4(table, b.second));
 }
 #else
 PLLM_INLINE vf16 fetch_f32(const char *table, const int32_t *offset, int d)

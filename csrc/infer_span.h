@@ -35,7 +35,7 @@ static void plan_groups(span_plan *plan)
 }
 
 /* What unpacking a group takes, in registers. */
-#if defined(PLLM_ISA_AVX2) || (defined(PLLM_ISA_AVX512) && !defined(PLLM_SIMDE))
+#if defined(PLLM_ISA_AVX2) || defined(PLLM_ISA_AVX512)
 typedef struct {
     __m256i shuffle, shift, mask, last, row_bytes;
 } group_constants;
@@ -133,7 +133,7 @@ static void unpack_offsets(const span_plan *plan, const uint8_t *source, ptrdiff
 /* Widen four or eight int8 to float. */
 PLLM_INLINE void widen4(const int8_t *source, float *target)
 {
-#if defined(PLLM_ISA_AVX2) || (defined(PLLM_ISA_AVX512) && !defined(PLLM_SIMDE))
+#if defined(PLLM_ISA_AVX2) || defined(PLLM_ISA_AVX512)
     int32_t four;
     memcpy(&four, source, sizeof four);
     _mm_storeu_ps(target, _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(four))));
@@ -149,7 +149,7 @@ PLLM_INLINE void widen8(const int8_t *source, float *target)
 {
 #if defined(PLLM_ISA_AVX2)
     vf_store(target, vf_load_i8(source));
-#elif defined(PLLM_ISA_AVX512) && !defined(PLLM_SIMDE)
+#elif defined(PLLM_ISA_AVX512)
     const __m128i eight = _mm_loadl_epi64((const __m128i *)(const void *)source);
     _mm256_storeu_ps(target, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)));
 #else
@@ -193,7 +193,7 @@ PLLM_INLINE offset_pair load_pair(const int32_t *offset)
 /* Copies d floats; awkward sizes in overlapping pieces. Compilers split 32-byte copies in two. */
 PLLM_INLINE void copy_floats(const char *source, float *target, int d)
 {
-#if defined(PLLM_ISA_AVX2) || (defined(PLLM_ISA_AVX512) && !defined(PLLM_SIMDE))
+#if defined(PLLM_ISA_AVX2) || defined(PLLM_ISA_AVX512)
     if (d >= 8) {
         const float *values = (const float *)(const void *)source;
         _mm256_storeu_ps(target, _mm256_loadu_ps(values));

@@ -1,0 +1,199 @@
+/* test_infer.c - decoded rows and products against plain loops in double. Every array has exactly the
+ * size it needs, so that a sanitizer sees each byte too many. Both must be the same, bit for bit, on
+ * every instruction set and thread count. */
+#include "check.h"
+
+enum { DENSE = -1 }; /* norm of a case without decoder */
+
+typedef struct {
+    int out, in, d, k, bits, is_int8, norm, tokens;
+} infer_case;
+
+typedef struct {
+    infer_case c;
+    int count; /* sub-vectors of a row */
+    pllm_codec codec;
+    pllm_matrix matrix;
+    uint8_t *packed;
+    int32_t *index;
+    int8_t *table_i8;
+    float *table, *decoder, *scale, *shift, *x, *bias;
+    double *dense; /* (out, in): scale * value + shift */
+} fixture;
+
+static void fill_codec(fixture *f)
+{
+    const infer_case c = f->c;
+    const int h = 4, size = c.k * c.d;
+    f->table = new_normals((size_t)size);
+    f->table_i8 = new_bytes((size_t)size);
+    for (int i = 0; i < size; i++)
+        f->table_i8[i] = (int8_t)(random_bits() % 255 - 127);
+    f->decoder = c.norm == DENSE ? NULL : new_normals((size_t)(3 * (2 * h * c.d + h + c.d)));
+    f->codec = (pllm_codec){
+        .d = c.d,
+        .k = c.k,
+        .index_bits = c.bits,
+        .table_is_int8 = c.is_int8,
+        .table_scale = 0.01f,
+        .table = c.is_int8 ? (const void *)f->table_i8 : (const void *)f->table,
+        .decoder = f->decoder,
+        .hidden = h,
+        .norm = c.norm,
+    };
+}
+
+/* dense = the matrix by the formula; with a decoder from the kernel decode, which has its own tests. */
+static void fill_dense(fixture *f, const pllm_kernels *k)
+{
+    const infer_case c = f->c;
+    const size_t length = (size_t)(f->count * c.d);
+    float *rows = new_floats((size_t)c.out * length);
+    for (int i = 0; i < c.out * f->count; i++)
+        for (int j = 0; j < c.d; j++) {
+            const int at = f->index[i] * c.d + j;
+            rows[i * c.d + j] = c.is_int8 ? (float)f->table_i8[at] * 0.01f : f->table[at];
+        }
+    if (f->decoder) {
+        const pllm_coder coder = {c.d, f->codec.hidden, c.norm};
+        float *codewords = rows;
+        rows = new_floats((size_t)c.out * length);
+        k->decode(&coder, codewords, c.out, (ptrdiff_t)length, f->decoder, rows, 1);
+        free(codewords);
+    }
+    for (int r = 0; r < c.out; r++)
+        for (int i = 0; i < c.in; i++)
+            f->dense[r * c.in + i] = (double)rows[(size_t)r * length + (size_t)i] * (double)f->scale[r] +
+                                     (f->shift ? (double)f->shift[r] : 0.0);
+    free(rows);
+}
+
+static void fill_fixture(fixture *f, const pllm_kernels *k, infer_case c, int with_shift)
+{
+    *f = (fixture){.c = c, .count = (c.in + c.d - 1) / c.d};
+    fill_codec(f);
+    f->index = new_ints((size_t)(c.out * f->count));
+    for (int i = 0; i < c.out * f->count; i++)
+        f->index[i] = (int32_t)(random_bits() % (uint32_t)c.k);
+    f->packed = new_bytes((size_t)(c.out * pllm_row_stride_bytes(f->count, c.bits)));
+    k->pack(f->index, c.out, f->count, c.bits, f->packed, 1);
+    f->scale = new_normals((size_t)c.out);
+    f->shift = with_shift ? new_normals((size_t)c.out) : NULL;
+    f->x = new_normals((size_t)(c.tokens * c.in));
+    f->bias = new_normals((size_t)c.out);
+    f->dense = new_bytes((size_t)(c.out * c.in) * sizeof(double));
+    f->matrix = (pllm_matrix){&f->codec, f->packed, c.out, c.in, f->scale, f->shift};
+    fill_dense(f, k);
+}
+
+static void free_fixture(fixture *f)
+{
+    void *const owned[] = {f->packed, f->index, f->table_i8, f->table, f->decoder,
+                           f->scale,  f->shift, f->x,        f->bias,  f->dense};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
+        free(owned[i]);
+}
+
+static void check_decode(const pllm_kernels *k, const fixture *f)
+{
+    const infer_case c = f->c;
+    const size_t size = (size_t)(c.out * c.in);
+    float *rows = new_floats(size), *other = new_floats(size);
+    int64_t *order = new_bytes((size_t)c.out * sizeof(int64_t));
+    double worst = 0.0;
+    int status = k->decode_rows(&f->matrix, 0, NULL, c.out, rows, 1);
+    CHECK(status == PLLM_OK, "decode_rows returned %d", status);
+    for (size_t i = 0; i < size; i++)
+        worst = fmax(worst, fabs((double)rows[i] - f->dense[i]) / (1.0 + fabs(f->dense[i])));
+    CHECK(worst < 1e-6, "decode_rows: error %g, d %d k %d norm %d", worst, c.d, c.k, c.norm);
+
+    scalar_kernels()->decode_rows(&f->matrix, 0, NULL, c.out, other, 1);
+    CHECK(same_bits(rows, other, size * sizeof(float)), "decode_rows differs from scalar, d %d", c.d);
+
+    for (int r = 0; r < c.out; r++)
+        order[r] = c.out - 1 - r;
+    float *last = new_floats((size_t)c.in);
+    k->decode_rows(&f->matrix, c.out - 1, NULL, 1, last, 1);
+    k->decode_rows(&f->matrix, 0, order, c.out, other, 2);
+    for (int r = 0; r < c.out; r++)
+        CHECK(same_bits(rows + r * c.in, other + (c.out - 1 - r) * c.in, (size_t)c.in * sizeof(float)),
+              "row %d differs when asked for by number", r);
+    CHECK(same_bits(last, other, (size_t)c.in * sizeof(float)), "last row differs alone");
+    free(rows), free(other), free(order), free(last);
+}
+
+static void check_matmul(const pllm_kernels *k, const fixture *f)
+{
+    const infer_case c = f->c;
+    const size_t size = (size_t)(c.tokens * c.out);
+    float *y = new_floats(size), *other = new_floats(size);
+    double worst = 0.0;
+    int status = k->matmul(&f->matrix, f->x, c.tokens, f->bias, y, 1);
+    CHECK(status == PLLM_OK, "matmul returned %d", status);
+    for (int t = 0; t < c.tokens; t++)
+        for (int r = 0; r < c.out; r++) {
+            double sum = (double)f->bias[r], size_of_terms = fabs(sum);
+            for (int i = 0; i < c.in; i++) {
+                const double x = (double)f->x[t * c.in + i], w = f->dense[r * c.in + i];
+                const double s = f->shift ? (double)f->shift[r] : 0.0;
+                sum += x * w;
+                size_of_terms += fabs(x) * (fabs(w - s) + fabs(s));
+            }
+            worst = fmax(worst, fabs((double)y[t * c.out + r] - sum) / size_of_terms);
+        }
+    CHECK(worst < 1e-6, "matmul: error %g, d %d k %d in %d tokens %d", worst, c.d, c.k, c.in, c.tokens);
+    k->matmul(&f->matrix, f->x, c.tokens, f->bias, other, 3);
+    CHECK(same_bits(y, other, size * sizeof(float)), "matmul depends on threads, tokens %d", c.tokens);
+    scalar_kernels()->matmul(&f->matrix, f->x, c.tokens, f->bias, other, 1);
+    CHECK(same_bits(y, other, size * sizeof(float)), "matmul differs from scalar, d %d tokens %d", c.d,
+          c.tokens);
+    free(y), free(other);
+}
+
+static void check_case(const pllm_kernels *k, infer_case c)
+{
+    for (int with_shift = 0; with_shift < 2; with_shift++) {
+        fixture f;
+        fill_fixture(&f, k, c, with_shift);
+        check_decode(k, &f);
+        check_matmul(k, &f);
+        free_fixture(&f);
+    }
+}
+
+/* Any bytes are a payload: indices behind the table are read as its last row. */
+static void check_damaged(const pllm_kernels *k)
+{
+    fixture f;
+    float row[40], y[10];
+    fill_fixture(&f, k, (infer_case){5, 40, 4, 3, 8, 0, DENSE, 2}, 0);
+    for (ptrdiff_t i = 0; i < 5 * pllm_row_stride_bytes(10, 8); i++)
+        f.packed[i] = 255;
+    k->decode_rows(&f.matrix, 4, NULL, 1, row, 1);
+    for (int i = 0; i < 40; i++)
+        CHECK(row[i] == f.table[2 * 4 + i % 4] * f.scale[4], "damaged payload: value %d", i);
+    CHECK(k->matmul(&f.matrix, f.x, 2, NULL, y, 1) == PLLM_OK, "damaged payload: product");
+    free_fixture(&f);
+}
+
+void test_infer(const pllm_kernels *k)
+{
+    static const int tokens[] = {0, 1, 2, 3, 4, 5, 17, 33};
+    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++) {
+        check_case(k, (infer_case){13, 70, 4, 200, 8, 1, DENSE, tokens[i]});
+        check_case(k, (infer_case){50, 33, 8, 100, 7, 0, DENSE, tokens[i]});
+        check_case(k, (infer_case){7, 31, 4, 20, 5, 0, PLLM_NORM_RLN, tokens[i]});
+    }
+    for (int d = 1; d <= PLLM_MAX_SUBVECTOR; d++) {
+        const int k_small = d % 2 ? 2 : 1 << (d / 2), bits = 1 + (d * 5 + 3) % 16;
+        check_case(k, (infer_case){3, 40 + d, d, 1 << bits, bits, d % 3 != 0, DENSE, 1 + d % 3});
+        check_case(k, (infer_case){5, 3 * d + 1, d, k_small, 16, d % 3 == 0, DENSE, 6});
+    }
+    check_case(k, (infer_case){1, 1, 16, 1, 1, 1, DENSE, 1});
+    check_case(k, (infer_case){2, 600, 4, 4096, 12, 1, DENSE, 1});
+    check_case(k, (infer_case){61, 530, 2, 64, 6, 1, DENSE, 19});
+    check_case(k, (infer_case){26, 300, 1, 16, 4, 0, DENSE, 400});
+    check_case(k, (infer_case){9, 50, 8, 20, 5, 0, PLLM_NORM_LN, 2});
+    check_case(k, (infer_case){30, 4200, 16, 50, 6, 0, PLLM_NORM_INPUT, 5});
+    check_damaged(k);
+}
