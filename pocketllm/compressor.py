@@ -264,7 +264,13 @@ class Compression:
         codec = self.codecs[self.plan.codec_of[target.name]]
         weight = matrix_of(self.model.get_submodule(target.name), target.kind)
         rows = self._normalised(target, weight, codec.spec.subvector)
-        encoded = encode_rows(rows, weight, codec, hessian if self.config.feedback else None)
+        encoded = encode_rows(
+            rows,
+            weight,
+            codec,
+            hessian if self.config.feedback else None,
+            refit_scale=self.config.row_scale,
+        )
         arrays: dict[str, np.ndarray] = {
             "packed": kernels.pack(encoded.index, codec.spec.index_bits).reshape(-1),
             "errors": np.array([encoded.error, encoded.output_error], np.float64),

@@ -59,7 +59,8 @@ class PocketConfig:
         calibration_windows: windows of 512 tokens taken from it.
         feedback: error feedback along the row (needs calibration).
         embeddings: compress embeddings and head too.
-        modules_to_not_convert: substrings of module names that stay dense.
+        modules_to_not_convert: modules that stay dense: whole names, last parts of names
+            (``k_proj``) or the first parts of several (``model.layers.0``).
         workers: threads; None = all. The result does not depend on it.
         seed: seeds every random choice.
     """
