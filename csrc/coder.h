@@ -16,7 +16,7 @@
 enum {
     CODER_LANES = 16,
     CODER_UNIT = 256, /* sub-vectors of a unit when no statistics span them; a multiple of 16 */
-    CODER_CHUNKS = 64 /* at most this many partial sums of a gradient */
+    CODER_CHUNKS = 32 /* at most this many partial sums of a gradient */
 };
 
 /* What the backward pass needs of one MLP: its input (d), gelu of the hidden layer (h) and the

@@ -31,8 +31,10 @@ __all__ = [
 
 NORMS = ("input", "ln", "rln")
 INITS = ("kmeans", "normal", "uniform")
-# With fewer updates Adam cannot settle after its first, large steps.
-DEFAULT_EPOCHS, DEFAULT_UPDATES = 6, 300
+# With fewer updates Adam cannot settle after its first, large steps; a random start takes longer to
+# come to the same error.
+DEFAULT_EPOCHS = 6
+DEFAULT_UPDATES = {"kmeans": 300, "normal": 1500, "uniform": 1500}
 # Below this share of used codewords a codec is reported as collapsed.
 COLLAPSED_USAGE = 0.5
 # Codewords are revived in the first part of the training only: later ones could not settle.
@@ -256,7 +258,8 @@ def train_codec(
         norm: ``"input"``, ``"ln"`` or ``"rln"``.
         init: ``"kmeans"`` starts the codec at the k-means solution; ``"normal"`` and ``"uniform"``
             start with random MLPs and a codebook of that distribution, as published.
-        epochs: passes over the rows; None: 6, or as many as 300 updates take. 0 is the start.
+        epochs: passes over the rows; None: 6, or as many as 300 updates take (1500 from a random
+            start). 0 returns the start.
         batch: sub-vectors a step, rounded to whole rows.
         lr: learning rate of Adam, multiplied by 0.1 after 30 %, 60 % and 90 % of the epochs.
         codebook_loss: lambda.
@@ -299,7 +302,7 @@ def train_codec(
     running = engine(codec, codebook_loss)
     if epochs is None:
         updates = len(_batches(groups, batch, subvector, np.random.default_rng(seed)))
-        epochs = max(DEFAULT_EPOCHS, -(-DEFAULT_UPDATES // updates))
+        epochs = max(DEFAULT_EPOCHS, -(-DEFAULT_UPDATES[init] // updates))
     history = []
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])
