@@ -1,0 +1,291 @@
+"""Decoded rows and products from packed indices, against the NumPy twins and at the boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pocketllm import kernels, reference
+from pocketllm.kernels import CodecView
+
+# Products are summed in float32: each of the n roundings is below 2^-24 of the sum of magnitudes,
+# and they add up like a random walk. 1e-6 of that sum leaves room for rows of a few thousand.
+TOLERANCE = 1e-6
+
+# (d, K, bits, int8 table, norm of the decoder or None)
+CODECS = [
+    (1, 2, 1, False, None),
+    (2, 64, 6, True, None),
+    (3, 500, 9, True, None),
+    (4, 256, 8, True, None),
+    (4, 4096, 12, False, None),
+    (5, 300, 10, False, None),
+    (7, 1000, 11, True, None),
+    (8, 40000, 16, True, None),
+    (13, 5000, 13, True, None),
+    (16, 30, 5, False, None),
+    (4, 50, 6, False, "rln"),
+    (8, 50, 7, False, "ln"),
+    (3, 50, 6, False, "input"),
+]
+SHAPES = [(1, 1), (5, 17), (50, 257), (97, 600)]
+
+
+class Matrix:
+    """A random compressed matrix."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        codec: tuple[int, int, int, bool, str | None],
+        shift: bool = False,
+        seed: int = 0,
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        self.out_features, self.in_features = shape
+        d, k, bits, is_int8, norm = codec
+        count = -(-self.in_features // d)
+        index = rng.integers(0, k, (self.out_features, count)).astype(np.int32)
+        self.packed = reference.pack(index, bits).reshape(-1)
+        table: Any = rng.standard_normal((k, d)).astype(np.float32)
+        if is_int8:
+            table = rng.integers(-127, 128, (k, d)).astype(np.int8)
+        h = 8
+        parameters = rng.standard_normal(3 * (2 * h * d + h + d)).astype(np.float32) * np.float32(
+            0.3
+        )
+        self.codec = CodecView(
+            d, k, bits, table, 0.013 if is_int8 else 1.0, None if norm is None else parameters,
+            0 if norm is None else h, norm or "input",
+        )  # fmt: skip
+        self.scale = rng.random(self.out_features, dtype=np.float32) + np.float32(0.5)
+        self.shift = rng.standard_normal(self.out_features).astype(np.float32) if shift else None
+        self.bias = rng.standard_normal(self.out_features).astype(np.float32)
+
+    def tokens(self, n: int) -> Any:
+        """Random activations (n, in_features)."""
+        return np.random.default_rng(n).standard_normal((n, self.in_features)).astype(np.float32)
+
+    def rows(self, first: int, count: int) -> Any:
+        """kernels.decode_rows of these rows."""
+        return kernels.decode_rows(
+            self.packed, self.in_features, first, count, self.codec, self.scale, self.shift
+        )
+
+    def twin(self) -> Any:
+        """The whole matrix in float64."""
+        return reference.decode_rows(
+            self.packed, self.in_features, 0, self.out_features, self.codec, self.scale, self.shift
+        )
+
+    def product(self, x: Any) -> Any:
+        """kernels.matmul with x."""
+        return kernels.matmul(
+            x, self.packed, self.out_features, self.codec, self.scale, self.shift, self.bias
+        )
+
+
+@pytest.fixture(params=kernels.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn."""
+    before = kernels.isa()
+    kernels.set_isa(request.param)
+    yield request.param
+    kernels.set_isa(before)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_decode_rows_agrees_with_twin(isa: str, codec: Any) -> None:
+    for shape in SHAPES:
+        matrix = Matrix(shape, codec, shift=shape[0] % 2 == 1)
+        want = matrix.twin()
+        np.testing.assert_allclose(matrix.rows(0, shape[0]), want, rtol=2e-6, atol=5e-6)
+        half = shape[0] // 2
+        np.testing.assert_allclose(
+            matrix.rows(half, shape[0] - half), want[half:], rtol=2e-6, atol=5e-6
+        )
+        assert matrix.rows(shape[0], 0).shape == (0, shape[1])
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_table_decode_is_exactly_the_formula_in_float32(isa: str, shift: bool) -> None:
+    matrix = Matrix((23, 150), (4, 200, 8, True, None), shift)
+    index = reference.unpack(matrix.packed.reshape(23, -1), 38, 8)
+    table = matrix.codec.table.astype(np.float32) * np.float32(matrix.codec.table_scale)
+    want = table[index].reshape(23, -1)[:, :150] * matrix.scale[:, None]
+    if matrix.shift is not None:
+        want = want + matrix.shift[:, None]
+    np.testing.assert_array_equal(matrix.rows(0, 23), want)
+
+
+def test_decode_row_list(isa: str) -> None:
+    matrix = Matrix((40, 70), (8, 100, 7, True, None), shift=True)
+    rows = matrix.rows(0, 40)
+    for index in ([], [39], [0, 39, 39, 7], list(range(40))[::-1]):
+        chosen = np.array(index, np.int64)
+        got = kernels.decode_row_list(
+            matrix.packed, 70, chosen, matrix.codec, matrix.scale, matrix.shift
+        )
+        np.testing.assert_array_equal(got, rows[chosen])
+        twin = reference.decode_row_list(
+            matrix.packed, 70, chosen, matrix.codec, matrix.scale, matrix.shift
+        )
+        np.testing.assert_allclose(got, twin, rtol=2e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_matmul_agrees_with_twin(isa: str, codec: Any) -> None:
+    for shape in SHAPES:
+        matrix = Matrix(shape, codec, shift=shape[0] % 2 == 1)
+        weight = np.abs(matrix.twin())
+        shift = 0.0 if matrix.shift is None else np.abs(matrix.shift)[:, None]
+        for n in (0, 1, 2, 3, 4, 5, 9, 16, 17, 33):
+            x = matrix.tokens(n)
+            want = reference.matmul(
+                x, matrix.packed, shape[0], matrix.codec, matrix.scale, matrix.shift, matrix.bias
+            )
+            bound = np.abs(x) @ (weight + 2 * shift).T + np.abs(matrix.bias)
+            got = matrix.product(x)
+            assert got.shape == (n, shape[0])
+            assert np.all(np.abs(got - want) <= TOLERANCE * bound), (shape, n)
+
+
+def test_matmul_over_more_tokens_than_one_pass(isa: str) -> None:
+    matrix = Matrix((60, 64), (4, 16, 4, True, None))
+    x = matrix.tokens(900)
+    np.testing.assert_allclose(
+        matrix.product(x), x @ matrix.twin().T + matrix.bias, rtol=1e-5, atol=1e-3
+    )
+
+
+def test_same_bits_for_every_thread_count_and_instruction_set() -> None:
+    torch = pytest.importorskip("torch")
+    before, threads = kernels.isa(), torch.get_num_threads()
+    for codec in CODECS[1::3]:
+        matrix = Matrix((301, 520), codec)
+        for n in (1, 3, 40):
+            results = set()
+            for name in kernels.available_isas():
+                kernels.set_isa(name)
+                for count in (1, 2, 3):
+                    torch.set_num_threads(count)
+                    results.add(matrix.product(matrix.tokens(n)).tobytes())
+            kernels.set_isa(before)
+            torch.set_num_threads(threads)
+            assert len(results) == 1, (codec, n)
+
+
+def test_same_result_for_strided_and_read_only_input() -> None:
+    matrix = Matrix((30, 50), (4, 100, 7, True, None), shift=True)
+    x = matrix.tokens(6)
+    want = matrix.product(x)
+    strided = np.empty((6, 100), np.float32)[:, ::2]
+    strided[:] = x
+    np.testing.assert_array_equal(matrix.product(strided), want)
+    for array in (x, matrix.packed, matrix.scale, matrix.codec.table):
+        array.setflags(write=False)
+    np.testing.assert_array_equal(matrix.product(x), want)
+
+
+def test_out_is_written_and_returned() -> None:
+    matrix = Matrix((30, 50), (4, 100, 7, True, None))
+    x, out = matrix.tokens(6), np.zeros((6, 30), np.float32)
+    got = kernels.matmul(x, matrix.packed, 30, matrix.codec, matrix.scale, None, matrix.bias, out)
+    assert got is out
+    np.testing.assert_array_equal(out, matrix.product(x))
+    rows = np.zeros((4, 50), np.float32)
+    assert (
+        kernels.decode_rows(matrix.packed, 50, 3, 4, matrix.codec, matrix.scale, None, rows) is rows
+    )
+    np.testing.assert_array_equal(rows, matrix.rows(3, 4))
+
+
+def test_indices_behind_the_table_read_as_its_last_row(isa: str) -> None:
+    matrix = Matrix((4, 40), (4, 5, 8, False, None))
+    matrix.packed[:] = 255
+    want = np.tile(matrix.codec.table[4], (4, 10)) * matrix.scale[:, None]
+    np.testing.assert_array_equal(matrix.rows(0, 4), want)
+
+
+def test_nan_in_one_token_stays_there(isa: str) -> None:
+    matrix = Matrix((30, 50), (4, 100, 7, True, None))
+    for n in (2, 7):
+        x = matrix.tokens(n)
+        x[1, 3] = np.nan
+        got = matrix.product(x)
+        assert np.isnan(got[1]).all()
+        assert np.isfinite(np.delete(got, 1, axis=0)).all()
+
+
+BAD = [
+    ("x", lambda a: a.update(x=a["x"].astype(np.float64)), TypeError, "x: got float64 (2, 50)"),
+    ("x", lambda a: a.update(x=a["x"][0]), ValueError, "x: got float32 (50,), want float32 (n, c)"),
+    ("packed", lambda a: a.update(packed=a["packed"][:-1]), ValueError, "packed: got uint8 (359,)"),
+    ("scale", lambda a: a.update(scale=a["scale"][1:]), ValueError, "want float32 (30,)"),
+    ("scale", lambda a: a.update(scale=None), TypeError, "scale: got NoneType"),
+    ("bias", lambda a: a.update(bias=a["scale"][1:]), ValueError, "bias: got float32 (29,)"),
+    ("out", lambda a: a.update(out=np.zeros((2, 31), np.float32)), ValueError, "out: got float32"),
+    ("codec", lambda a: a.update(codec=None), TypeError, "codec: want a CodecView"),
+    (
+        "bits",
+        lambda a: a.update(codec=a["codec"]._replace(index_bits=17)),
+        ValueError,
+        "want 1..16",
+    ),
+    ("d", lambda a: a.update(codec=a["codec"]._replace(subvector=5)), ValueError, "codec.table"),
+    (
+        "table",
+        lambda a: a.update(codec=a["codec"]._replace(table=a["codec"].table.astype(np.float16))),
+        TypeError,
+        "codec.table: got float16 (100, 4), want float32 (100, 4)",
+    ),
+    (
+        "decoder",
+        lambda a: a.update(codec=a["codec"]._replace(decoder=np.zeros(7, np.float32), hidden=2)),
+        TypeError,
+        "wants a float32 codebook",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "error", "message"), BAD)
+def test_bad_arguments_are_named(
+    name: str, spoil: Any, error: type[Exception], message: str
+) -> None:
+    matrix = Matrix((30, 50), (4, 100, 7, True, None))
+    arguments = {
+        "x": matrix.tokens(2), "packed": matrix.packed, "out_features": 30, "codec": matrix.codec,
+        "scale": matrix.scale,
+    }  # fmt: skip
+    kernels.matmul(**arguments)
+    spoil(arguments)
+    with pytest.raises(error) as caught:
+        kernels.matmul(**arguments)
+    assert message in str(caught.value)
+
+
+def test_rows_outside_the_matrix_are_refused() -> None:
+    matrix = Matrix((30, 50), (4, 100, 7, True, None))
+    for first, count in ((-1, 2), (31, 0), (29, 2)):
+        with pytest.raises(ValueError, match="first_row|row_count"):
+            matrix.rows(first, count)
+    for row in (-1, 30):
+        with pytest.raises(IndexError, match=f"row_index: got {row}, want 0..29"):
+            kernels.decode_row_list(
+                matrix.packed, 50, np.array([0, row], np.int64), matrix.codec, matrix.scale
+            )
+
+
+def test_decoder_codec_needs_its_parameters() -> None:
+    matrix = Matrix((30, 50), (4, 50, 6, False, "rln"))
+    decoder = matrix.codec.decoder
+    assert decoder is not None
+    matrix.codec = matrix.codec._replace(decoder=decoder[1:])
+    with pytest.raises(ValueError, match="codec.decoder: got float32"):
+        matrix.product(matrix.tokens(1))
+    matrix.codec = matrix.codec._replace(decoder=decoder, norm="batch")
+    with pytest.raises(ValueError, match="codec.norm: got 'batch'"):
+        matrix.product(matrix.tokens(1))
