@@ -189,8 +189,11 @@ class Calibrator:
 
     def layers(self) -> Iterator[CalibratedLayer]:
         """The decoder layers in order."""
-        first = self._each(lambda w: self._run(w, 0, None, collect=True)[0])
-        self._hidden = torch.stack(list(first))
+        states = self._each(lambda w: self._run(w, 0, None, collect=True)[0])
+        for window, state in enumerate(states):
+            if self._hidden is None:
+                self._hidden = torch.empty(len(self.windows), *state.shape)
+            self._hidden[window] = state
         for index, module in enumerate(self._layers):
             restore = _to_float32(module)
             try:
