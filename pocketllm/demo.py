@@ -64,7 +64,7 @@ def run_demo(
     weights = sum(parameter.numel() for parameter in dense.parameters())
     print(
         f"A Llama-type model of {weights / 1e6:.1f} million weights, trained on the text inside"
-        " CPython, compressed on this machine.\n"
+        " CPython, compressed on this machine, embeddings included.\n"
     )
     bytes_bf16 = 2 * weights
     points: list[Point] = []
@@ -72,6 +72,7 @@ def run_demo(
     for name, bits in names.items():
         config = PocketConfig(
             bits=bits,
+            embeddings=True,
             calibration=str(CALIBRATION),
             calibration_windows=CALIBRATION_WINDOWS,
         )
