@@ -7,8 +7,8 @@ and held-out text, so that no held-out document was seen in training.
 
     python tools/train_demo_model.py --out pocketllm/demo_data
 
-It takes about half an hour of one core with AVX2 (912 steps of 1.7 s). The exact text depends on the
-Python version that runs it; ``training.json`` records the version, hashes and figures.
+It takes about half an hour of one core with AVX2 (912 steps of 1.7 s). The exact text depends on
+the Python version that runs it; ``training.json`` records the version, hashes and figures.
 """
 
 from __future__ import annotations
