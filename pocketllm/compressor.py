@@ -28,9 +28,10 @@ from .hf import dense_tensors
 from .layout import Rows, Target, matrix_of, normalise
 from .planning import WINDOW, Plan, make_plan, predict_work, training_subvectors
 from .progress import Progress
+from .report import write_model_card
 from .schema import ModuleSpec
 from .stored import StoredCodec, train_stored_codec
-from .workspace import Workspace, fingerprint
+from .workspace import Workspace, fingerprint, writing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,6 +113,13 @@ def compress(
                     config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
                     quantization=_record(config, plan),
                     copy_from=folder,
+                )
+            with writing(path):
+                write_model_card(
+                    path,
+                    base_model=os.fspath(model) if not Path(model).is_dir() else folder.name,
+                    source=folder,
+                    calibration=config.calibration and Path(config.calibration).name,
                 )
             workspace.remove()
     checkpoint = open_checkpoint(path, check=False)
@@ -196,8 +204,12 @@ class Compression:
     def _encode_calibrated(self) -> None:
         config = self.config
         assert config.calibration is not None
+        positions = getattr(self.model.config, "max_position_embeddings", None) or WINDOW
         windows = read_windows(
-            config.calibration, load_tokenizer(self.folder), config.calibration_windows, WINDOW
+            config.calibration,
+            load_tokenizer(self.folder),
+            config.calibration_windows,
+            min(WINDOW, positions),
         )
         with Calibrator(self.model, windows, self._targets, workers=config.workers) as calibrator:
             work = self._work.calibration / len(calibrator) / 2
