@@ -16,7 +16,7 @@ from .layout import Target
 from .schema import CodecSpec, index_bits, row_stride_bytes
 from .tensorfile import DTYPES
 
-SCALE_BITS = 16
+SCALE_BITS = 8
 # The best d-dimensional quantiser of a Gaussian errs by g_d * 2^(-2R) at high rates R (Zador):
 # g_d = 2 pi G_d ((d + 2) / d)^((d + 2) / 2) with G_d the second moment of the best lattice cell.
 ZADOR_FACTOR = {1: 2.72, 2: 2.02, 4: 1.62, 8: 1.37}
@@ -57,7 +57,7 @@ def payload_bits(target: Target, shape: Shape, *, row_scale: bool, row_shift: bo
         return 0
     rows, columns = target.shape
     row_bytes = row_stride_bytes(columns, shape.subvector, shape.index_bits)
-    return rows * (8 * row_bytes + SCALE_BITS * (int(row_scale) + int(row_shift)))
+    return rows * 8 * row_bytes + (rows + 1) * SCALE_BITS * (int(row_scale) + int(row_shift))
 
 
 def codec_bits(spec: CodecSpec) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import schema
+from . import rowcode, schema
 from .checkpoint_write import (
     CodecData,
     ModuleData,
@@ -199,11 +199,11 @@ class Checkpoint:
         assert module.codec is not None
         rows, columns = module.shape
         scale = (
-            self._part(name, "scale").astype(np.float32)
+            rowcode.decode(self._part(name, "scale"), signed=False)
             if module.scale
             else np.ones(rows, np.float32)
         )
-        shift = self._part(name, "shift").astype(np.float32) if module.shift else None
+        shift = rowcode.decode(self._part(name, "shift"), signed=True) if module.shift else None
         packed, codec = self._part(name, "weight"), self.codec_view(module.codec)
         return kernels.decode_rows(packed, columns, 0, rows, codec, scale, shift)
 
@@ -232,9 +232,16 @@ class Checkpoint:
                 self._check_module(module, self.layout.codecs[module.codec])
 
     def _check_module(self, module: ModuleSpec, codec: CodecSpec) -> None:
-        for part in module.tensors(codec):
-            if part != "weight":
-                self._check_finite(self.tensors[schema.module_tensor(module.name, part)])
+        for part, (dtype, _) in module.tensors(codec).items():
+            stored = self.tensors[schema.module_tensor(module.name, part)]
+            if part == "weight":
+                continue
+            self._check_finite(stored)
+            if dtype == "U8" and not rowcode.in_range(stored.array(), signed=part == "shift"):
+                raise CheckpointError(
+                    f"{stored.file.path}: tensor {stored.name} starts with the exponent"
+                    f" {int(stored.array()[0])}, which is out of range"
+                )
         tensor = self.tensors[schema.module_tensor(module.name, "weight")]
         rows, columns = module.shape
         count = -(-columns // codec.subvector)

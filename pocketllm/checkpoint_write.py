@@ -61,8 +61,8 @@ class ModuleData:
     Attributes:
         spec: its description.
         packed: flat uint8, rows of packed indices.
-        scale: float16 (out,).
-        shift: float16 (out,), or None.
+        scale: uint8 (out + 1,) or float16 (out,), as ``spec.statistics`` says; or None.
+        shift: the same, or None.
     """
 
     spec: ModuleSpec

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from . import __version__, kernels
+from . import __version__, kernels, rowcode
 from .calibrate import Calibrator, read_windows
 from .checkpoint import open_checkpoint
 from .checkpoint_write import CodecData, ModuleData, check_output, write_checkpoint
@@ -276,21 +276,15 @@ class Compression:
         codec = self.codecs[self.plan.codec_of[target.name]]
         weight = matrix_of(self.model.get_submodule(target.name), target.kind)
         rows = self._normalised(target, weight, codec.spec.subvector)
-        encoded = encode_rows(
-            rows,
-            weight,
-            codec,
-            hessian if self.config.feedback else None,
-            refit_scale=self.config.row_scale,
-        )
+        encoded = encode_rows(rows, weight, codec, hessian if self.config.feedback else None)
         arrays: dict[str, np.ndarray] = {
             "packed": kernels.pack(encoded.index, codec.spec.index_bits).reshape(-1),
             "errors": np.array([encoded.error, encoded.output_error], np.float64),
         }
-        if encoded.scale is not None and self.config.row_scale:
-            arrays["scale"] = encoded.scale
+        if self.config.row_scale:
+            arrays["scale"] = rowcode.encode(encoded.scale, signed=False)
         if encoded.shift is not None:
-            arrays["shift"] = encoded.shift
+            arrays["shift"] = rowcode.encode(encoded.shift, signed=True)
         self.workspace.store(_part(target), arrays)
         self._take(target, arrays)
 
@@ -326,6 +320,7 @@ class Compression:
             shift=self.config.row_shift,
             dtype=self._dtypes[target.name],
             tied_to=target.tied_to,
+            statistics="uint8",
         )
 
     def _replace_weight(self, target: Target) -> None:
@@ -341,8 +336,8 @@ class Compression:
             codec.view,
             np.ones(target.shape[0], np.float32)
             if data.scale is None
-            else data.scale.astype(np.float32),
-            None if data.shift is None else data.shift.astype(np.float32),
+            else rowcode.decode(data.scale, signed=False),
+            None if data.shift is None else rowcode.decode(data.shift, signed=True),
         )
         weight = self.model.get_submodule(target.name).weight
         weight.data.copy_(torch.from_numpy(decoded.T if target.kind == "conv1d" else decoded))

@@ -36,14 +36,14 @@ class Encoded:
 
     Attributes:
         index: (out, L) int32.
-        scale: (out,) float16, or None without row scales.
-        shift: (out,) float16, or None.
+        scale: (out,) float32, as it comes back from storage.
+        shift: the same, or None.
         error: |W - Ŵ|² / |W|², 0 for a zero matrix.
         output_error: tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ); NaN without H.
     """
 
     index: np.ndarray
-    scale: np.ndarray | None
+    scale: np.ndarray
     shift: np.ndarray | None
     error: float
     output_error: float
@@ -126,7 +126,6 @@ def encode_rows(
     hessian: np.ndarray | None = None,
     *,
     damping: float = DAMPING,
-    refit_scale: bool = True,
 ) -> Encoded:
     """Choose the index of every sub-vector of a matrix.
 
@@ -137,19 +136,14 @@ def encode_rows(
             published, by the nearest latent, whatever H is.
         hessian: (in, in) float32, symmetric; None minimises the plain squared error.
         damping: share of H's diagonal added to it.
-        refit_scale: with a decoder that ends in RLN, give each row the scale that fits what the
-            decoder made of it; RLN fixes the row's magnitude before it knows the error.
 
     Raises:
         PocketError: NaN or Inf in the hessian.
     """
-    scale = rows.scale
     d = codec.spec.subvector
     if codec.encoder is not None:
         index = codec.codec.assign(rows.values)
         decoded = codec.codec.reconstruct(index)
-        if refit_scale:
-            scale = _fitted_scale(rows, decoded, weight.shape[1])
     else:
         if hessian is None:
             flat = kernels.nearest(rows.values.reshape(-1, d), codec.table)
@@ -157,22 +151,14 @@ def encode_rows(
         else:
             index = _encode_feedback(rows.values, codec.table, factorise(hessian, d, damping))
         decoded = codec.table[index].reshape(rows.values.shape)
-    gap = weight - denormalise(decoded, weight.shape[1], scale, rows.shift)
+    gap = weight - denormalise(decoded, weight.shape[1], rows.scale, rows.shift)
     return Encoded(
         index,
-        scale,
+        rows.scale,
         rows.shift,
         _ratio(np.square(gap).sum(dtype=np.float64), np.square(weight).sum(dtype=np.float64)),
         float("nan") if hessian is None else _ratio(_under(gap, hessian), _under(weight, hessian)),
     )
-
-
-def _fitted_scale(rows: Rows, decoded: np.ndarray, columns: int) -> np.ndarray:
-    """Least-squares scale (out,) float16 of each decoded row; as it was where nothing fits."""
-    made = decoded[:, :columns].astype(np.float64)
-    overlap, mass = (rows.values[:, :columns] * made).sum(1), np.square(made).sum(1)
-    factor = np.where((overlap > 0) & (mass > 0), overlap / np.where(mass > 0, mass, 1.0), 1.0)
-    return (rows.scale * factor).astype(np.float16)
 
 
 def _encode_feedback(values: np.ndarray, table: np.ndarray, factors: Factors) -> np.ndarray:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from . import rowcode
 from .errors import PocketError
 
 if TYPE_CHECKING:
     from torch import nn
 
-FLOAT16_MAX = 65504.0
-FLOAT16_TINY = 2.0**-24
+# Below float32's smallest normal number a row is zero for every purpose.
+TINY = 2.0**-126
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Rows:
 
     Attributes:
         values: (out, L*d) float32, ``(W - shift) / scale`` with zeros as padding.
-        scale: (out,) float16.
-        shift: (out,) float16, or None.
+        scale: (out,) float32, as eight bits store it (:mod:`pocketllm.rowcode`).
+        shift: (out,) float32, the same, or None.
     """
 
     values: np.ndarray
@@ -93,11 +94,11 @@ def normalise(
         row_scale: divide by the row's root mean square (standard deviation with ``row_shift``).
         row_shift: subtract the row's mean first.
 
-    Scale and shift are rounded to float16 before they are applied, so that what is stored is what
-    was used. A row that is zero after the shift gets scale 0 and comes back as exactly the shift.
+    Scale and shift are rounded to their stored eight bits before they are applied, so that what is
+    stored is what was used. A row that is zero after the shift gets scale 0.
 
     Raises:
-        PocketError: NaN or Inf in the weight, or a row too large for float16 scales.
+        PocketError: NaN or Inf in the weight.
     """
     rows, columns = weight.shape
     if not np.isfinite(weight).all():
@@ -110,15 +111,14 @@ def normalise(
     body[...] = weight
     shift = None
     if row_shift:
-        shift = _float16(weight.mean(1, dtype=np.float64), "mean")
-        body -= shift.astype(np.float32)[:, None]
-    scale = np.ones(rows, np.float16)
+        shift = rowcode.nearest(weight.mean(1, dtype=np.float64), signed=True)
+        body -= shift[:, None]
+    scale = np.ones(rows, np.float32)
     if row_scale and columns:
         spread = np.sqrt(np.square(body, dtype=np.float64).mean(1))
-        # Below float16's smallest number the row is zero for every purpose.
-        zero = spread < FLOAT16_TINY
-        scale = _float16(np.where(zero, 0.0, spread), "scale")
-        body /= np.where(zero, 1.0, scale).astype(np.float32)[:, None]
+        zero = spread < TINY
+        scale = rowcode.nearest(np.where(zero, 0.0, spread), signed=False)
+        body /= np.where(zero, np.float32(1.0), scale)[:, None]
         body[zero] = 0.0
     return Rows(values, scale, shift)
 
@@ -127,9 +127,9 @@ def denormalise(
     values: np.ndarray, columns: int, scale: np.ndarray, shift: np.ndarray | None
 ) -> np.ndarray:
     """The matrix (out, in) float32 that normalised rows (out, L*d) stand for."""
-    weight = values[:, :columns] * scale.astype(np.float32)[:, None]
+    weight = values[:, :columns] * scale[:, None]
     if shift is not None:
-        weight += shift.astype(np.float32)[:, None]
+        weight += shift[:, None]
     return weight
 
 
@@ -206,11 +206,3 @@ def _kind(module: nn.Module, embedding: nn.Module) -> str | None:
 
 def _matches(name: str, patterns: list[str]) -> bool:
     return any(name == p or name.endswith("." + p) or name.startswith(p + ".") for p in patterns)
-
-
-def _float16(values: np.ndarray, what: str) -> np.ndarray:
-    if values.size and np.abs(values).max() > FLOAT16_MAX:
-        raise PocketError(
-            f"weight: a row's {what} is {np.abs(values).max():.3g}, more than float16 holds (65504)"
-        )
-    return values.astype(np.float16)

@@ -66,14 +66,16 @@ class _Packed(nn.Module):
         codec: CodecModule,
         scale: bool,
         shift: bool,
+        statistics: str,
         device: torch.device | str | None,
     ) -> None:
         self.__dict__["_codec"] = codec
         self.__dict__["_shape"] = (rows, columns)
         stride = row_stride_bytes(columns, codec.spec.subvector, codec.spec.index_bits)
         self.register_buffer("weight", torch.empty(rows * stride, dtype=torch.uint8, device=device))
+        size, kind = (rows + 1, torch.uint8) if statistics == "uint8" else (rows, torch.float16)
         for name, present in (("scale", scale), ("shift", shift)):
-            value = torch.empty(rows, dtype=torch.float16, device=device) if present else None
+            value = torch.empty(size, dtype=kind, device=device) if present else None
             self.register_buffer(name, value)
 
     @property
@@ -136,9 +138,10 @@ class _Packed(nn.Module):
 class PocketLinear(_Packed, nn.Linear):
     """``nn.Linear`` whose weight stays packed; products run from the packed bytes.
 
-    ``weight`` is a flat uint8 buffer (out * row stride,), ``scale`` and ``shift`` float16 (out,),
-    ``bias`` as in nn.Linear. Input of any float dtype, output in the input's dtype (autocast's
-    under autocast); on the CPU sums are float32. Gradients reach input and bias, never the weight.
+    ``weight`` is a flat uint8 buffer (out * row stride,), ``scale`` and ``shift`` uint8 (out + 1,)
+    or float16 (out,) (docs/FORMAT.md), ``bias`` as in nn.Linear. Input of any float dtype, output
+    in the input's dtype (autocast's under autocast); on the CPU sums are float32. Gradients reach
+    input and bias, never the weight.
 
     Args:
         in_features: in.
@@ -147,6 +150,7 @@ class PocketLinear(_Packed, nn.Linear):
         bias: has a bias.
         scale: has row scales.
         shift: has row shifts.
+        statistics: how they are stored, ``"uint8"`` or ``"float16"``.
         device: where the tensors are made.
         dtype: of the bias.
     """
@@ -160,12 +164,13 @@ class PocketLinear(_Packed, nn.Linear):
         bias: bool = False,
         scale: bool = True,
         shift: bool = False,
+        statistics: str = "uint8",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self._init_packed(out_features, in_features, codec, scale, shift, device)
+        self._init_packed(out_features, in_features, codec, scale, shift, statistics, device)
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
 
@@ -203,6 +208,7 @@ class PocketEmbedding(_Packed, nn.Embedding):
         multiplier: factor of the output, as in Gemma's scaled embeddings.
         scale: has row scales.
         shift: has row shifts.
+        statistics: how they are stored, ``"uint8"`` or ``"float16"``.
         device: where the tensors are made.
         dtype: of the output; follows ``.to(dtype)``.
     """
@@ -217,6 +223,7 @@ class PocketEmbedding(_Packed, nn.Embedding):
         multiplier: float | None = None,
         scale: bool = True,
         shift: bool = False,
+        statistics: str = "uint8",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -227,7 +234,7 @@ class PocketEmbedding(_Packed, nn.Embedding):
         self.scale_grad_by_freq, self.sparse = False, False
         self.multiplier = multiplier
         self.dtype = dtype or torch.get_default_dtype()
-        self._init_packed(num_embeddings, embedding_dim, codec, scale, shift, device)
+        self._init_packed(num_embeddings, embedding_dim, codec, scale, shift, statistics, device)
 
     def forward(self, input: Tensor) -> Tensor:
         """input (...) of integers -> (..., columns)."""
@@ -315,6 +322,7 @@ def build(
             multiplier=getattr(original, "scalar_embed_scale", None),
             scale=spec.scale,
             shift=spec.shift,
+            statistics=spec.statistics,
             device=device,
             dtype=dtype,
         )
@@ -326,6 +334,7 @@ def build(
             bias=getattr(original, "bias", None) is not None,
             scale=spec.scale,
             shift=spec.shift,
+            statistics=spec.statistics,
             device=device,
             dtype=dtype,
         )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import kernels
+from . import kernels, rowcode
 from .kernels import CodecView
 
 # Weights of one row tile: what is decoded at a time outside the fused C kernels.
@@ -35,8 +35,8 @@ class Matrix(NamedTuple):
 
     Attributes:
         weight: uint8 (rows * row stride,), packed indices.
-        scale: float16 (rows,), or None for ones.
-        shift: float16 (rows,), or None for zeros.
+        scale: uint8 (rows + 1,) (:mod:`pocketllm.rowcode`) or float16 (rows,), or None for ones.
+        shift: the same, or None for zeros.
         table: int8 or float16 (K, d); the codebook when there is a decoder.
         table_scale: float32 (1,) of an int8 table, else None.
         decoder: float16 (3 * P1,), or None.
@@ -207,8 +207,12 @@ def arrays_of(matrix: Matrix) -> Arrays:
     stamp = tuple([_stamp(tensor) for tensor in matrix[:6]])
     arrays = _matrices.get(matrix.weight, stamp)
     if arrays is None:
-        scale = np.ones(matrix.rows, np.float32) if matrix.scale is None else _float32(matrix.scale)
-        shift = None if matrix.shift is None else _float32(matrix.shift)
+        scale = np.ones(matrix.rows, np.float32)
+        if matrix.scale is not None:
+            scale = rowcode.decode(_numpy(matrix.scale), signed=False)
+        shift = matrix.shift
+        if shift is not None:
+            shift = rowcode.decode(_numpy(shift), signed=True)
         arrays = Arrays(
             _numpy(matrix.weight), scale, shift, _codec(matrix), matrix.rows, matrix.columns
         )
@@ -269,10 +273,20 @@ def decode_rows_torch(matrix: Matrix, index: Tensor) -> Tensor:
         values = _decode_torch(values, matrix.decoder.float(), matrix.hidden, matrix.norm)
     values = values.flatten(1)[:, : matrix.columns]
     if matrix.scale is not None:
-        values = values * matrix.scale[index].float()[:, None]
+        values = values * _statistics_torch(matrix.scale, index, signed=False)[:, None]
     if matrix.shift is not None:
-        values = values + matrix.shift[index].float()[:, None]
+        values = values + _statistics_torch(matrix.shift, index, signed=True)[:, None]
     return values
+
+
+def _statistics_torch(stored: Tensor, index: Tensor, *, signed: bool) -> Tensor:
+    """Scales or shifts of rows ``index``, float32: :func:`pocketllm.rowcode.decode` in PyTorch."""
+    if stored.dtype != torch.uint8:
+        return stored[index].float()
+    code = stored[index + 1].int()
+    size = code & 127 if signed else code
+    value = torch.where(size == 0, 0, (16 * stored[0].int() + size) << 19).view(torch.float32)
+    return torch.where(code > 127, -value, value) if signed else value
 
 
 def _decode_torch(y: Tensor, parameters: Tensor, hidden: int, norm: str) -> Tensor:

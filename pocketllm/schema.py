@@ -21,6 +21,7 @@ BANK = "pocketllm_codecs"
 STORAGES = ("table-int8", "table-float16", "decoder")
 NORMS = ("input", "ln", "rln")
 KINDS = ("linear", "conv1d", "embedding", "tied")
+STATISTICS = ("float16", "uint8")
 # Names of config.json -> safetensors dtypes of the dense matrix a module stands for.
 MODULE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _CODEC_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -96,6 +97,8 @@ class ModuleSpec:
         shift: rows have a stored shift.
         dtype: dtype name of the original weight.
         tied_to: for ``"tied"``, the embedding whose payload it reads.
+        statistics: how scale and shift are stored, ``"float16"`` (out,) or ``"uint8"`` (out + 1,),
+            see :mod:`pocketllm.rowcode`.
     """
 
     name: str
@@ -106,6 +109,7 @@ class ModuleSpec:
     shift: bool = False
     dtype: str = "float32"
     tied_to: str | None = None
+    statistics: str = "float16"
 
     @property
     def weights(self) -> int:
@@ -118,10 +122,11 @@ class ModuleSpec:
         parts: dict[str, tuple[str, tuple[int, ...]]] = {
             "weight": ("U8", (rows * row_stride_bytes(columns, codec.subvector, codec.index_bits),))
         }
+        stored = ("U8", (rows + 1,)) if self.statistics == "uint8" else ("F16", (rows,))
         if self.scale:
-            parts["scale"] = ("F16", (rows,))
+            parts["scale"] = stored
         if self.shift:
-            parts["shift"] = ("F16", (rows,))
+            parts["shift"] = stored
         return parts
 
     def to_json(self) -> dict[str, Any]:
@@ -129,7 +134,8 @@ class ModuleSpec:
         entry: dict[str, Any] = {"kind": self.kind, "shape": list(self.shape), "dtype": self.dtype}
         if self.kind == "tied":
             return {**entry, "to": self.tied_to}
-        return {**entry, "codec": self.codec, "scale": self.scale, "shift": self.shift}
+        entry.update(codec=self.codec, scale=self.scale, shift=self.shift)
+        return entry if self.statistics == "float16" else {**entry, "statistics": self.statistics}
 
 
 def row_stride_bytes(columns: int, subvector: int, bits: int) -> int:
@@ -278,7 +284,10 @@ def _module(
         raise CheckpointError(
             f"{here}: scale is {scale!r} and shift is {shift!r}, want true or false"
         )
-    return ModuleSpec(name, kind, (rows, columns), codec, scale, shift, dtype)
+    statistics = _choice({"statistics": "float16", **entry}, "statistics", STATISTICS, here)
+    return ModuleSpec(
+        name, kind, (rows, columns), codec, scale, shift, dtype, statistics=statistics
+    )
 
 
 def _integer(entry: Mapping[str, Any], key: str, low: int, high: int, here: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pocketllm import kernels
+from pocketllm import kernels, rowcode
 from pocketllm.checkpoint import CodecData, CodecSpec, ModuleData, ModuleSpec, write_checkpoint
 from pocketllm.schema import mlp_parameters
 from pocketllm.tensorfile import ArrayTensor
@@ -46,6 +46,7 @@ def random_module(
     kind: str = "linear",
     scale: bool = True,
     shift: bool = False,
+    statistics: str = "uint8",
     dtype: str = "float32",
     seed: int = 0,
     spread: float = 0.05,
@@ -53,11 +54,16 @@ def random_module(
     """A compressed matrix with random indices."""
     random = np.random.default_rng([seed, *name.encode()])
     rows, columns = shape
-    spec = ModuleSpec(name, kind, shape, codec.spec.name, scale, shift, dtype)
+    spec = ModuleSpec(
+        name, kind, shape, codec.spec.name, scale, shift, dtype, statistics=statistics
+    )
     count = -(-columns // codec.spec.subvector)
     index = random.integers(0, codec.spec.codebook, (rows, count)).astype(np.int32)
     scales = (spread * random.uniform(0.5, 1.5, rows)).astype(np.float16)
     shifts = (spread * random.standard_normal(rows)).astype(np.float16)
+    if statistics == "uint8":
+        scales = rowcode.encode(scales, signed=False)
+        shifts = rowcode.encode(shifts, signed=True)
     return ModuleData(
         spec,
         np.ascontiguousarray(kernels.pack(index, codec.spec.index_bits)).reshape(-1),
@@ -75,8 +81,10 @@ def simple_parts(seed: int = 0) -> dict[str, Any]:
         random_codec("decoded", 4, 16, storage="decoder", norm="rln", seed=2),
     ]
     modules = [
-        random_module("a.linear", (10, 18), codecs[0]),
-        random_module("a.shifted", (7, 20), codecs[1], shift=True, dtype="bfloat16"),
+        random_module("a.linear", (10, 18), codecs[0], statistics="float16"),
+        random_module(
+            "a.shifted", (7, 20), codecs[1], shift=True, statistics="float16", dtype="bfloat16"
+        ),
         random_module("a.conv", (6, 9), codecs[2], kind="conv1d", dtype="float16", scale=False),
         random_module("embed", (12, 8), codecs[0], kind="embedding"),
         ModuleData(ModuleSpec("head", "tied", (12, 8), tied_to="embed")),

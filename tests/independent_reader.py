@@ -110,10 +110,24 @@ def decode_module(
                 values = values * float(tensors[f"{bank}.table_scale"][0])
         result[row] = values.reshape(-1)[:columns]
     if module["scale"]:
-        result *= tensors[f"{name}.scale"].astype(np.float64)[:, None]
+        result *= statistics(module, tensors[f"{name}.scale"], signed=False)[:, None]
     if module["shift"]:
-        result += tensors[f"{name}.shift"].astype(np.float64)[:, None]
+        result += statistics(module, tensors[f"{name}.shift"], signed=True)[:, None]
     return result
+
+
+def statistics(module: dict[str, Any], stored: np.ndarray, *, signed: bool) -> np.ndarray:
+    """Row scales or shifts, float64."""
+    if module.get("statistics", "float16") == "float16":
+        return stored.astype(np.float64)
+    exponent, *codes = (int(byte) for byte in stored)
+    assert 1 <= exponent <= (247 if signed else 239)
+    values = []
+    for code in codes:
+        size = code % 128 if signed else code
+        value = 2.0 ** (exponent - 127 + size // 16) * (1 + size % 16 / 16) if size else 0.0
+        values.append(-value if signed and code >= 128 else value)
+    return np.array(values)
 
 
 def decoder(y: np.ndarray, parameters: np.ndarray, codec: dict[str, Any]) -> np.ndarray:

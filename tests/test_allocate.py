@@ -90,8 +90,9 @@ def test_index_bits_and_payload() -> None:
         16,
     ]
     target = Target("t", "linear", (3, 10), "t")
-    # 3 sub-vectors of 4 -> 3 indices of 5 bits -> 2 bytes a row, and a float16 scale.
-    assert payload_bits(target, Shape(4, 32), row_scale=True, row_shift=True) == 3 * (16 + 32)
+    # 3 sub-vectors of 4 -> 3 indices of 5 bits -> 2 bytes a row; scale, shift: 1 + 3 bytes each.
+    bits = payload_bits(target, Shape(4, 32), row_scale=True, row_shift=True)
+    assert bits == 3 * 16 + 2 * 8 * (1 + 3)
 
 
 def test_predicted_errors_fall_with_the_rate() -> None:

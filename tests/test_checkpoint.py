@@ -506,6 +506,14 @@ def test_values_that_are_not_finite(folder: Path, name: str, value: bytes) -> No
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("byte", [b"\0", b"\xf0"])
+def test_base_exponent_out_of_range(folder: Path, byte: bytes) -> None:
+    rewrite(folder, set_bytes("embed.scale", byte))
+    resum(folder)
+    with pytest.raises(CheckpointError, match="embed.scale starts with the exponent"):
+        open_checkpoint(folder)
+
+
 def test_files_of_two_checkpoints(tmp_path: Path) -> None:
     first = simple_checkpoint(tmp_path / "first", shard_bytes=600)
     other = simple_checkpoint(tmp_path / "other", shard_bytes=600, dense_tensors={})
@@ -611,7 +619,7 @@ def test_folder_of_a_killed_run_is_removed(tmp_path: Path) -> None:
 
 def test_writer_checks_what_it_is_given(tmp_path: Path) -> None:
     codec = random_codec()
-    good = random_module("m", (4, 8), codec)
+    good = random_module("m", (4, 8), codec, statistics="float16")
     cases = {
         "m.weight: got uint8 \\[4\\], want U8 \\[8\\]": ModuleData(
             good.spec, good.packed[:4], good.scale

@@ -229,10 +229,5 @@ def test_published_codec_is_encoded_by_the_nearest_latent() -> None:
     encoded = encode_rows(cut, weight, stored, correlated(32, 100))
     assert np.array_equal(encoded.index, stored.codec.assign(cut.values))
     values = stored.codec.reconstruct(encoded.index)
-    for row, made, scale in zip(weight.astype(np.float64), values, encoded.scale, strict=True):
-        best = np.linalg.lstsq(made[:, None].astype(np.float64), row, rcond=None)[0][0]
-        assert scale == pytest.approx(best, rel=2**-9)  # two roundings to float16
     gap = weight - denormalise(values, 32, encoded.scale, None)
     assert encoded.error == pytest.approx((gap**2).sum() / (weight**2).sum(), rel=1e-4)
-    kept = encode_rows(cut, weight, stored, refit_scale=False)
-    assert np.array_equal(kept.scale, cut.scale) and kept.error >= encoded.error

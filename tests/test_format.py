@@ -78,12 +78,27 @@ def test_by_hand(tmp_path: Path) -> None:
     codec = random_codec("c", 2, 4)
     table = np.array([[0, 1], [2, 3], [4, 5], [-6, 7]], np.int8)
     codec = CodecData(codec.spec, {"table": table, "table_scale": np.array([0.5], np.float32)})
-    module = random_module("m", (2, 5), codec, shift=True)
+    module = random_module("m", (2, 5), codec, shift=True, statistics="float16")
     packed = np.array([0b11_10_01, 0b01_11_00], np.uint8)
     scale, shift = np.array([2, 10], np.float16), np.array([0, 1], np.float16)
     module = ModuleData(module.spec, packed, scale, shift)
     folder = simple_checkpoint(tmp_path / "model", codecs=[codec], modules=[module])
     expected = [[2, 3, 4, 5, -6], [1, 6, -29, 36, 11]]
+    np.testing.assert_array_equal(open_checkpoint(folder).load_dequantised("m"), expected)
+    np.testing.assert_array_equal(independent_reader.read(folder)[0]["m"], expected)
+
+
+def test_eight_bit_statistics_by_hand(tmp_path: Path) -> None:
+    """Scales 2 = 2^(118 - 127 + 10) and 3 = 2 (1 + 8/16), a shift of -1.25 = -(1 + 4/16)."""
+    codec = random_codec("c", 2, 4)
+    table = np.array([[0, 1], [2, 3], [4, 5], [-6, 7]], np.int8)
+    codec = CodecData(codec.spec, {"table": table, "table_scale": np.array([1], np.float32)})
+    spec = random_module("m", (2, 4), codec, shift=True).spec
+    scale = np.array([118, 10 << 4, 10 << 4 | 8], np.uint8)
+    shift = np.array([120, 0, 128 | 7 << 4 | 4], np.uint8)
+    module = ModuleData(spec, np.array([0b10_01, 0b01_00], np.uint8), scale, shift)
+    folder = simple_checkpoint(tmp_path / "model", codecs=[codec], modules=[module])
+    expected = [[4, 6, 8, 10], [-1.25, 1.75, 4.75, 7.75]]
     np.testing.assert_array_equal(open_checkpoint(folder).load_dequantised("m"), expected)
     np.testing.assert_array_equal(independent_reader.read(folder)[0]["m"], expected)
 

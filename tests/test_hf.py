@@ -106,7 +106,7 @@ def test_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     assert model.dtype == dtype and logits(model).dtype == dtype
     for name, tensor in model.state_dict().items():
         if name.endswith((".scale", ".shift")):
-            assert tensor.dtype == torch.float16
+            assert tensor.dtype == torch.uint8
         elif name.endswith("table_scale"):
             assert tensor.dtype == torch.float32
         elif name.endswith("norm.weight"):
@@ -135,7 +135,7 @@ def test_device_maps_and_shards(tmp_path: Path, device_map: Any) -> None:
     assert len(list(folder.glob("*.safetensors"))) == 3
     model = load(folder, device_map=device_map)
     assert torch.equal(logits(model), logits(load(folder)))
-    model.save_pretrained(tmp_path / "again", max_shard_size="3KB")
+    model.save_pretrained(tmp_path / "again", max_shard_size="2500")
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2
     open_checkpoint(tmp_path / "again")
     assert_same_state(load(tmp_path / "again"), model)

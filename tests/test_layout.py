@@ -45,9 +45,8 @@ def test_normalised_rows_stand_for_the_matrix(columns: int, shift: bool) -> None
     back = denormalise(rows.values, columns, rows.scale, rows.shift)
     # One rounding in the division and one in the product, plus one around the shift.
     np.testing.assert_allclose(back, weight, rtol=4e-7, atol=4e-7 * np.abs(weight).max())
-    if not shift:
-        spread = np.sqrt((rows.values.astype(np.float64) ** 2).sum(1) / columns)
-        np.testing.assert_allclose(spread, 1, atol=2**-10)  # the scale is rounded to float16
+    spread = np.sqrt((rows.values.astype(np.float64) ** 2).sum(1) / columns)
+    assert (np.abs(spread - 1) <= 1 / 32).all()  # a scale has four bits of mantissa
 
 
 def test_zero_and_constant_rows_are_harmless() -> None:
@@ -60,7 +59,7 @@ def test_zero_and_constant_rows_are_harmless() -> None:
         # Whatever a codec makes of a zero row, what comes back is the row.
         values = rows.values + (rows.scale == 0)[:, None]
         np.testing.assert_allclose(
-            denormalise(values, 8, rows.scale, rows.shift), weight, atol=1e-6
+            denormalise(values, 8, rows.scale, rows.shift), weight, rtol=1e-6, atol=1e-6
         )
 
 
@@ -70,11 +69,6 @@ def test_non_finite_weights_are_refused(bad: float) -> None:
     weight[2, 3] = bad
     with pytest.raises(PocketError, match="1 of 32 values are NaN or Inf"):
         normalise(weight, 4)
-
-
-def test_a_row_beyond_float16_is_refused() -> None:
-    with pytest.raises(PocketError, match="more than float16 holds"):
-        normalise(np.full((2, 8), 1e6, np.float32), 4)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))

@@ -161,9 +161,10 @@ def test_dtypes(dtype: torch.dtype) -> None:
     result = linear(x)
     assert result.dtype == dtype
     expected = functional.linear(x.float(), dense, linear.bias).to(dtype)
-    torch.testing.assert_close(
-        result, expected, rtol=1e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-2
-    )
+    # Product and bias are each rounded to the dtype, so errors follow the largest of them.
+    largest = functional.linear(x.float(), dense).abs().max() + linear.bias.abs().max()
+    tolerance = 2 * max(torch.finfo(dtype).eps, 2**-20) * float(largest)
+    torch.testing.assert_close(result, expected, rtol=0, atol=tolerance)
 
 
 def test_autocast() -> None:
@@ -196,7 +197,7 @@ def test_casts_leave_the_stored_tensors_alone(cast: str) -> None:
 def test_empty_to_and_meta() -> None:
     linear, _ = make()
     meta = copy.deepcopy(linear).to("meta")
-    assert meta.weight.is_meta and meta.scale.is_meta and meta.scale.dtype == torch.float16
+    assert meta.weight.is_meta and meta.scale.is_meta and meta.scale.dtype == torch.uint8
     real = meta.to_empty(device="cpu")
     assert real.weight.shape == linear.weight.shape and not real.scale.is_meta
     assert meta.bias.shape == linear.bias.shape
@@ -238,7 +239,7 @@ def test_changed_tensors_are_seen() -> None:
     x = torch.randn(2, 29)
     linear(x)
     with torch.no_grad():
-        linear.scale.mul_(2)
+        linear.scale[0] += 1  # the exponent they share
     torch.testing.assert_close(linear(x), functional.linear(x, 2 * dense, linear.bias), **CLOSE)
     other, dense = make((37, 29), shift=True)
     linear.load_state_dict({**linear.state_dict(), "weight": other.weight.flip(0)}, assign=True)
@@ -341,7 +342,7 @@ def test_embedding(storage: str) -> None:
 def test_embedding_follows_casts() -> None:
     embedding, dense = make((50, 29), embedding=True)
     assert embedding.to(torch.bfloat16)(torch.tensor([3])).dtype == torch.bfloat16
-    assert embedding.scale.dtype == torch.float16
+    assert embedding.scale.dtype == torch.uint8
     embedding.float()
     embedding.multiplier = 3.0
     torch.testing.assert_close(embedding(torch.tensor([3])), 3 * dense[[3]], **CLOSE)
