@@ -135,7 +135,7 @@ def test_device_maps_and_shards(tmp_path: Path, device_map: Any) -> None:
     assert len(list(folder.glob("*.safetensors"))) == 3
     model = load(folder, device_map=device_map)
     assert torch.equal(logits(model), logits(load(folder)))
-    model.save_pretrained(tmp_path / "again", max_shard_size="2500")
+    model.save_pretrained(tmp_path / "again", max_shard_size=2500)
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2
     open_checkpoint(tmp_path / "again")
     assert_same_state(load(tmp_path / "again"), model)
