@@ -4,20 +4,23 @@ H = E[x xᵀ] over the tokens of a calibration text, x the input of a linear. La
 order, and a layer sees what the layers before it give *after* the caller has replaced their
 weights, so that later layers are fitted to inputs that already carry the earlier layers' errors.
 
-Memory: the hidden states (windows x length x hidden, float32), one decoder layer in float32, and
-the second moments of one layer. Nothing depends on the number of workers, to the bit: a window is
-computed by one thread, and windows are summed in order.
+Memory: one decoder layer in float32, the second moments of one layer, and what it computes on a few
+windows; the hidden states between layers (windows x length x hidden, float32) wait in a file.
+Nothing depends on the number of workers, to the bit: a window is computed by one thread, a block of
+a matrix of moments too, and windows are summed in order.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
+import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,9 +28,15 @@ import torch
 from torch import nn
 
 from .errors import PocketError
+from .weights import LoadedWeights, Weights
+from .workspace import writing
 
 T = TypeVar("T")
-Moments = dict[tuple[str, ...], torch.Tensor]
+# Modules that read one input.
+Names = tuple[str, ...]
+# Rows of a matrix of second moments that one thread computes at a time. Only those on and below the
+# diagonal are computed, so that smaller blocks save more, and larger ones multiply faster.
+MOMENT_ROWS = 1024
 
 
 def read_windows(
@@ -138,6 +147,8 @@ class Calibrator:
         windows: int64 (n, length) token numbers.
         targets: module names whose input matters.
         workers: threads; None = torch's.
+        weights: where the model's parameters are; None: in the model.
+        folder: where the hidden states wait; None: in the system's folder for such files.
 
     Attributes:
         progress: set by the caller; called with the share of the windows that a pass has done.
@@ -153,6 +164,8 @@ class Calibrator:
         targets: Collection[str],
         *,
         workers: int | None = None,
+        weights: Weights | None = None,
+        folder: Path | None = None,
     ) -> None:
         vocabulary = model.get_input_embeddings().weight.shape[0]
         if windows.numel() and int(windows.max()) >= vocabulary:
@@ -169,7 +182,9 @@ class Calibrator:
         self._pool = ThreadPoolExecutor(workers or self._threads, initializer=_one_thread)
         self.progress: Callable[[float], None] | None = None
         self._local = threading.local()
-        self._hidden: torch.Tensor | None = None
+        self._weights = weights or LoadedWeights(model)
+        self._folder = folder
+        self._hidden: HiddenStates | None = None
         self._tuples: dict[int, int] = {}
         self._undo: list[Callable[[], None]] = []
 
@@ -179,6 +194,8 @@ class Calibrator:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
+        if self._hidden is not None:
+            self._hidden.close()
         torch.set_num_threads(self._threads)
         while self._undo:
             self._undo.pop()()
@@ -189,18 +206,16 @@ class Calibrator:
 
     def layers(self) -> Iterator[CalibratedLayer]:
         """The decoder layers in order."""
-        states = self._each(lambda w: self._run(w, 0, None, collect=True)[0])
+        windows = range(len(self.windows))
+        states = self._each(lambda w: self._run(w, 0, None, collect=True)[0], windows)
         for window, state in enumerate(states):
             if self._hidden is None:
-                self._hidden = torch.empty(len(self.windows), *state.shape)
+                self._hidden = HiddenStates(len(self.windows), state, self._folder)
             self._hidden[window] = state
         for index, module in enumerate(self._layers):
-            restore = _to_float32(module)
-            try:
+            with self._weights.visit(module):
                 yield CalibratedLayer(self, index, f"{self.name}.{index}", module)
                 self._advance(index)
-            finally:
-                restore()
 
     def head_hessian(self) -> np.ndarray | None:
         """H of the output head's input, after all layers; None when the head is never called."""
@@ -210,55 +225,59 @@ class Calibrator:
         moments = self._collect(len(self._layers), {self._names[id(head)]: head})
         return next(iter(moments.values()), None)
 
-    def token_frequencies(self) -> np.ndarray:
-        """float32 (vocabulary,): share of each token in the windows."""
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        counts = torch.bincount(self.windows.flatten(), minlength=vocabulary)
-        return (counts.double() / max(1, self.windows.numel())).float().numpy()
-
     def _hessians(self, index: int, layer: CalibratedLayer) -> dict[str, np.ndarray]:
-        return self._collect(index, {n: self.model.get_submodule(n) for n in layer.targets})
+        with self._weights.run(layer.module):
+            return self._collect(index, {n: self.model.get_submodule(n) for n in layer.targets})
 
     def _collect(self, index: int, modules: dict[str, nn.Module]) -> dict[str, np.ndarray]:
-        totals: Moments = {}
-        counts: dict[tuple[str, ...], int] = {}
+        sums: dict[Names, torch.Tensor] = {}
+        tokens: dict[Names, int] = {}
+        together = self._ahead
         handles = [m.register_forward_pre_hook(self._hook(n)) for n, m in modules.items()]
         try:
-            for moments, lengths in self._each(lambda w: self._moments(w, index)):
-                for names, moment in moments.items():
-                    counts[names] = counts.get(names, 0) + lengths[names]
-                    if names in totals:
-                        totals[names] += moment
-                    else:
-                        totals[names] = moment
+            for first in range(0, len(self.windows), together):
+                group = range(first, min(first + together, len(self.windows)))
+                inputs: dict[Names, list[torch.Tensor]] = {}
+                for found in self._each(lambda w: self._inputs(w, index), group):
+                    for x, readers in found:
+                        inputs.setdefault(tuple(readers), []).append(x)
+                for names, xs in inputs.items():
+                    tokens[names] = tokens.get(names, 0) + sum(map(len, xs))
+                    if names not in sums:
+                        sums[names] = torch.zeros(xs[0].shape[1], xs[0].shape[1])
+                self._add(sums, inputs)
         finally:
             for handle in handles:
                 handle.remove()
-        result: dict[str, np.ndarray] = {}
-        means: dict[tuple[tuple[str, ...], ...], np.ndarray] = {}
-        for name in modules:
-            groups = tuple(names for names in totals if name in names)
-            if groups and groups not in means:
-                tokens = sum(counts[names] for names in groups)
-                mean = sum((totals[names] for names in groups[1:]), totals[groups[0]]) / tokens
-                means[groups] = mean.numpy()
-            if groups:
-                result[name] = means[groups]
-        return result
+        for total in sums.values():
+            _mirror(total)
+        return _means(modules, sums, tokens)
 
-    def _moments(self, window: int, index: int) -> tuple[Moments, dict[tuple[str, ...], int]]:
-        """Sums of x xᵀ over one window, one for each distinct input tensor."""
+    def _inputs(self, window: int, index: int) -> list[tuple[torch.Tensor, list[str]]]:
+        """Distinct inputs (tokens, in) of one window, float32, each with who reads it."""
         self._local.inputs = []
         self._run(window, index, self._state(window))
-        sums: Moments = {}
-        tokens: dict[tuple[str, ...], int] = {}
-        for x, names in self._local.inputs:
-            flat = x.reshape(-1, x.shape[-1]).float()
-            key = tuple(names)
-            sums[key] = sums[key] + flat.T @ flat if key in sums else flat.T @ flat
-            tokens[key] = tokens.get(key, 0) + len(flat)
-        self._local.inputs = []
-        return sums, tokens
+        found, self._local.inputs = self._local.inputs, []
+        return [(x.reshape(-1, x.shape[-1]).float(), names) for x, names in found]
+
+    def _add(
+        self,
+        sums: dict[Names, torch.Tensor],
+        inputs: dict[Names, list[torch.Tensor]],
+    ) -> None:
+        """Adds x xᵀ of every token, blocks on and below the diagonal only, each by one thread."""
+
+        def add(names: Names, first: int) -> None:
+            last = first + MOMENT_ROWS
+            block = sums[names][first:last, :last]
+            for x in inputs[names]:
+                block += x[:, first:last].T @ x[:, :last]
+
+        blocks = [(n, first) for n in inputs for first in range(0, len(sums[n]), MOMENT_ROWS)]
+        # The long rows first: threads end together.
+        blocks.sort(key=lambda block: -block[1])
+        for done in [self._pool.submit(add, *block) for block in blocks]:
+            done.result()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -276,23 +295,29 @@ class Calibrator:
     def _advance(self, index: int) -> None:
         hidden = self._hidden
         assert hidden is not None
-        outputs = self._each(lambda w: self._run(w, index, hidden[w])[0])
-        for window, output in enumerate(outputs):
-            hidden[window] = output
+        with self._weights.run(self._layers[index]):
+            windows = range(len(self.windows))
+            outputs = self._each(lambda w: self._run(w, index, hidden[w])[0], windows)
+            for window, output in enumerate(outputs):
+                hidden[window] = output
 
     def _state(self, window: int) -> torch.Tensor:
         assert self._hidden is not None
         return self._hidden[window]
 
-    def _each(self, work: Callable[[int], T]) -> Iterator[T]:
-        """work(window) of every window, in order; at most a few results wait at any time."""
+    @property
+    def _ahead(self) -> int:
+        """Windows whose results wait at any time."""
+        return 2 * self._pool._max_workers
+
+    def _each(self, work: Callable[[int], T], windows: Sequence[int]) -> Iterator[T]:
+        """work(window) of these windows, in order; at most a few results wait at any time."""
         pending: deque[Future[T]] = deque()
-        ahead = 2 * self._pool._max_workers
-        for window in range(len(self.windows)):
+        for window in windows:
             pending.append(self._pool.submit(work, window))
             if self.progress is not None:
                 self.progress((window + 1) / len(self.windows))
-            if len(pending) > ahead:
+            if len(pending) > self._ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -320,13 +345,14 @@ class Calibrator:
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if head is not None:
             self._replace(head, lambda x, *args, **kwargs: x)
+        self._undo.append(self._weights.hold_embedding(embedding, self.windows))
         handle = embedding.register_forward_hook(lambda module, args, output: output.float())
         self._undo.append(handle.remove)
         skip = {id(m) for layer in self._layers for m in layer.modules()}
         skip |= {id(embedding), id(head)}
         for module in self.model.modules():
             if id(module) not in skip:
-                self._undo.append(_to_float32(module, recurse=False))
+                self._undo.append(self._weights.hold(module))
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         module.forward = forward
@@ -363,15 +389,57 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _to_float32(module: nn.Module, *, recurse: bool = True) -> Callable[[], None]:
-    """Casts floating parameters and buffers in place; the function returned casts them back."""
-    tensors = [*module.parameters(recurse), *module.buffers(recurse)]
-    kept = [(t, t.dtype) for t in tensors if t.is_floating_point() and t.dtype != torch.float32]
-    for tensor, _ in kept:
-        tensor.data = tensor.data.float()
+def _means(
+    modules: Iterable[str],
+    sums: dict[Names, torch.Tensor],
+    tokens: dict[Names, int],
+) -> dict[str, np.ndarray]:
+    """H of every module that some token reached; a sum that stands alone is divided in place."""
+    groups = {name: tuple(names for names in sums if name in names) for name in modules}
+    means: dict[tuple[Names, ...], np.ndarray] = {}
+    for group in sorted(set(groups.values()), key=len, reverse=True):
+        if len(group) == 1:
+            means[group] = sums[group[0]].div_(tokens[group[0]]).numpy()
+        elif group:
+            total = sum((sums[names] for names in group[1:]), sums[group[0]])
+            means[group] = (total / sum(tokens[names] for names in group)).numpy()
+    return {name: means[group] for name, group in groups.items() if group}
 
-    def restore() -> None:
-        for tensor, dtype in kept:
-            tensor.data = tensor.data.to(dtype)
 
-    return restore
+def _mirror(lower: torch.Tensor) -> None:
+    """Copies the blocks below the diagonal to above it, transposed."""
+    for first in range(MOMENT_ROWS, len(lower), MOMENT_ROWS):
+        rows = slice(first, first + MOMENT_ROWS)
+        lower[:first, rows] = lower[rows, :first].T
+
+
+class HiddenStates:
+    """What goes from layer to layer, in a file that nobody else sees: windows like ``first``.
+
+    Raises:
+        PocketError: no space for it.
+    """
+
+    def __init__(self, count: int, first: torch.Tensor, folder: Path | None) -> None:
+        self._shape = first.shape
+        self._bytes = first.numel() * 4
+        self._place = folder or Path(tempfile.gettempdir())
+        with writing(self._place):
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+            self._file.truncate(count * self._bytes)
+
+    def __getitem__(self, window: int) -> torch.Tensor:
+        data = bytearray(os.pread(self._file.fileno(), self._bytes, window * self._bytes))
+        return torch.frombuffer(data, dtype=torch.float32).view(self._shape)
+
+    def __setitem__(self, window: int, state: torch.Tensor) -> None:
+        view = memoryview(state.contiguous().numpy()).cast("B")
+        at = window * self._bytes
+        with writing(self._place):
+            while view:
+                done = os.pwrite(self._file.fileno(), view, at)
+                view, at = view[done:], at + done
+
+    def close(self) -> None:
+        """Gives the space back."""
+        self._file.close()

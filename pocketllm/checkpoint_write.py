@@ -56,7 +56,9 @@ class CodecData:
 
 @dataclasses.dataclass(frozen=True)
 class ModuleData:
-    """A compressed matrix. A tied head has a spec only.
+    """A compressed matrix, its tensors as arrays or as what gives them when they are written.
+
+    A tied head has a spec only.
 
     Attributes:
         spec: its description.
@@ -66,9 +68,9 @@ class ModuleData:
     """
 
     spec: ModuleSpec
-    packed: np.ndarray | None = None
-    scale: np.ndarray | None = None
-    shift: np.ndarray | None = None
+    packed: np.ndarray | TensorSource | None = None
+    scale: np.ndarray | TensorSource | None = None
+    shift: np.ndarray | TensorSource | None = None
 
 
 def layout_of(codecs: Iterable[CodecData], modules: Iterable[ModuleData]) -> Layout:
@@ -85,7 +87,7 @@ def compressed_tensors(
         PocketError: an array of another dtype or shape than its spec asks for.
     """
     codecs, modules = list(codecs), list(modules)
-    arrays: dict[str, np.ndarray | None] = {}
+    arrays: dict[str, np.ndarray | TensorSource] = {}
     for codec in codecs:
         arrays.update(
             {schema.codec_tensor(codec.spec.name, part): a for part, a in codec.parts.items()}
@@ -105,11 +107,12 @@ def compressed_tensors(
         array = arrays.pop(name, None)
         if array is None:
             raise PocketError(f"{name}: missing, want {dtype} {list(shape)}")
-        if array.dtype != _NUMPY[dtype] or array.shape != shape:
+        wanted = _NUMPY[dtype] if isinstance(array, np.ndarray) else dtype
+        if array.dtype != wanted or array.shape != shape:
             raise PocketError(
                 f"{name}: got {array.dtype} {list(array.shape)}, want {dtype} {list(shape)}"
             )
-        tensors[name] = ArrayTensor(array, dtype)
+        tensors[name] = ArrayTensor(array, dtype) if isinstance(array, np.ndarray) else array
     if arrays:
         raise PocketError(f"{next(iter(arrays))}: not part of its codec or module")
     return tensors

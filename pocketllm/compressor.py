@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,16 +21,18 @@ from .calibrate import Calibrator, read_windows
 from .checkpoint import open_checkpoint
 from .checkpoint_write import CodecData, ModuleData, check_output, write_checkpoint
 from .config import PocketConfig
-from .dense import load_model, load_tokenizer, meta_model, source_folder
-from .encode import encode_rows
+from .dense import load_tokenizer, meta_model, source_folder
+from .encode import Factors, encode_rows, factorise
 from .errors import PocketError
-from .hf import dense_tensors
-from .layout import Rows, Target, matrix_of, normalise
+from .layout import Rows, Target, normalise
+from .memory import give_back, peak_memory
 from .planning import WINDOW, Plan, make_plan, predict_work, training_subvectors
 from .progress import Progress
 from .report import write_model_card
 from .schema import ModuleSpec
 from .stored import StoredCodec, train_stored_codec
+from .tensorfile import TensorSource
+from .weights import Weights, open_weights
 from .workspace import Workspace, fingerprint, writing
 
 if TYPE_CHECKING:
@@ -98,20 +100,20 @@ def compress(
     folder = source_folder(model)
     _check_calibration(config)
     with _threads(config.workers):
-        net = load_model(folder)
-        plan = make_plan(net, config)
+        weights, notes = open_weights(folder)
+        plan = make_plan(weights.model, config)
         job = {"version": __version__, "source": fingerprint(folder), **_job_settings(config)}
         with Workspace(path, job, resume=resume) as workspace:
-            run = Compression(net, folder, config, plan, workspace, progress and not finished)
+            run = Compression(weights, folder, config, plan, workspace, progress and not finished)
             codecs, modules = run.encode_all()
             if not finished:
                 write_checkpoint(
                     path,
                     modules=modules,
                     codecs=codecs,
-                    dense_tensors=dense_tensors(net, [t.name for t in plan.targets]),
+                    dense_tensors=weights.kept(plan.targets),
                     config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-                    quantization=_record(config, plan),
+                    quantization=quantization_record(config, plan, weights.model),
                     copy_from=folder,
                 )
             with writing(path):
@@ -129,10 +131,10 @@ def compress(
         bytes=checkpoint.bytes,
         bytes_bf16=checkpoint.bytes_bf16,
         seconds=time.monotonic() - started,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory=peak_memory(),
         errors=run.errors,
         output_errors=run.output_errors,
-        warnings=run.warnings + _dense_warnings(plan, checkpoint.bytes),
+        warnings=notes + run.warnings + _dense_warnings(plan, checkpoint.bytes),
     )
 
 
@@ -152,7 +154,7 @@ def plan(model: str | os.PathLike[str], config: PocketConfig | None = None) -> P
 
 
 class Compression:
-    """One run over a loaded model: its codecs, then its matrices, every finished part kept.
+    """One run over a model: its codecs, then its matrices, every finished part kept.
 
     Attributes:
         errors: module name -> relative squared error of the weights encoded so far.
@@ -162,14 +164,15 @@ class Compression:
 
     def __init__(
         self,
-        model: nn.Module,
+        weights: Weights,
         folder: Path,
         config: PocketConfig,
         plan: Plan,
         workspace: Workspace,
         progress: bool,
     ) -> None:
-        self.model = model
+        self.weights = weights
+        self.model = weights.model
         self.folder = folder
         self.config = config
         self.plan = plan
@@ -182,9 +185,10 @@ class Compression:
         self._targets = {t.name: t for t in plan.targets}
         # Calibration widens layers to float32 while they are visited.
         self._dtypes = {
-            t.name: str(model.get_submodule(t.name).weight.dtype).removeprefix("torch.")
+            t.name: str(self.model.get_submodule(t.name).weight.dtype).removeprefix("torch.")
             for t in plan.targets
         }
+        self._factored: tuple[np.ndarray, int, Factors] | None = None
         self._work = predict_work(plan, config)
         self._progress = Progress("compressing", self._work.total, progress)
 
@@ -204,22 +208,32 @@ class Compression:
     def _encode_calibrated(self) -> None:
         config = self.config
         assert config.calibration is not None
-        positions = getattr(self.model.config, "max_position_embeddings", None) or WINDOW
         windows = read_windows(
             config.calibration,
             load_tokenizer(self.folder),
             config.calibration_windows,
-            min(WINDOW, positions),
+            window_length(self.model),
         )
-        with Calibrator(self.model, windows, self._targets, workers=config.workers) as calibrator:
+        with Calibrator(
+            self.model,
+            windows,
+            self._targets,
+            workers=config.workers,
+            weights=self.weights,
+            folder=self.workspace.folder,
+        ) as calibrator:
             work = self._work.calibration / len(calibrator) / 2
             for layer in calibrator.layers():
                 calibrator.progress = self._progress.step(f"inputs of {layer.name}", work)
                 done = all(self._load(self._targets[name]) for name in layer.targets)
                 moments = {} if done else layer.hessians()
+                give_back()
                 for name in layer.targets:
-                    self._encode(self._targets[name], moments.get(name))
-                    self._replace_weight(self._targets[name])
+                    target = self._targets[name]
+                    self._encode(target, moments.pop(name, None))
+                    self.weights.replace(target, functools.partial(self._decoded, target))
+                self._factored = None
+                give_back()
                 calibrator.progress = self._progress.step(f"outputs of {layer.name}", work)
             rest = [t for t in self.plan.targets if t.name not in self._modules]
             moment = calibrator.head_hessian() if rest else None
@@ -249,10 +263,13 @@ class Compression:
         groups: dict[int, list[np.ndarray]] = {}
         rng = np.random.default_rng([self.config.seed, 1])
         for target in owners:
-            weight = matrix_of(self.model.get_submodule(target.name), target.kind)
-            count = max(1, round(share * len(weight)))
-            if count < len(weight):
-                weight = weight[np.sort(rng.choice(len(weight), count, replace=False))]
+            out = target.shape[0]
+            count = max(1, round(share * out))
+            if count < out:
+                index = np.sort(rng.choice(out, count, replace=False))
+                weight = self.weights.rows(target, index)
+            else:
+                weight = self.weights.matrix(target)
             rows = self._normalised(target, weight, spec.subvector)
             groups.setdefault(rows.values.shape[1], []).append(rows.values)
         return [np.concatenate(parts) for _, parts in sorted(groups.items())]
@@ -274,9 +291,17 @@ class Compression:
             return
         self._progress.step(target.name, self._work.matrices[target.name])
         codec = self.codecs[self.plan.codec_of[target.name]]
-        weight = matrix_of(self.model.get_submodule(target.name), target.kind)
+        hessian = hessian if self.config.feedback else None
+        factors = self._factors(hessian, codec)
+        weight = self.weights.matrix(target)
         rows = self._normalised(target, weight, codec.spec.subvector)
-        encoded = encode_rows(rows, weight, codec, hessian if self.config.feedback else None)
+        encoded = encode_rows(
+            rows,
+            weight,
+            codec,
+            hessian,
+            factors=factors,
+        )
         arrays: dict[str, np.ndarray] = {
             "packed": kernels.pack(encoded.index, codec.spec.index_bits).reshape(-1),
             "errors": np.array([encoded.error, encoded.output_error], np.float64),
@@ -286,7 +311,20 @@ class Compression:
         if encoded.shift is not None:
             arrays["shift"] = rowcode.encode(encoded.shift, signed=True)
         self.workspace.store(_part(target), arrays)
-        self._take(target, arrays)
+        self._load(target)
+
+    def _factors(self, hessian: np.ndarray | None, codec: StoredCodec) -> Factors | None:
+        """Those of H, made once for matrices that read the same input."""
+        if hessian is None or codec.encoder is not None:
+            return None
+        known, subvector = self._factored, codec.spec.subvector
+        if known is None or known[0] is not hessian or known[1] != subvector:
+            known = self._factored = None
+            give_back()
+            known = (hessian, subvector, factorise(hessian, subvector))
+            self._factored = known
+            give_back()
+        return known[2]
 
     def _load(self, target: Target) -> bool:
         """Take a matrix from the workspace; False when it is not there. A tied one needs none."""
@@ -295,20 +333,17 @@ class Compression:
         if target.tied_to:
             self._modules[target.name] = ModuleData(self._spec(target))
             return True
-        arrays = self.workspace.load(_part(target))
-        if arrays is None:
+        part = self.workspace.part(_part(target))
+        if part is None:
             return False
-        self._take(target, arrays)
-        return True
-
-    def _take(self, target: Target, arrays: dict[str, np.ndarray]) -> None:
         self._modules[target.name] = ModuleData(
-            self._spec(target), arrays["packed"], arrays.get("scale"), arrays.get("shift")
+            self._spec(target), part["packed"], part.get("scale"), part.get("shift")
         )
-        error, output_error = (float(e) for e in arrays["errors"])
+        error, output_error = (float(e) for e in _array(part["errors"]))
         self.errors[target.name] = error
         if np.isfinite(output_error):
             self.output_errors[target.name] = output_error
+        return True
 
     def _spec(self, target: Target) -> ModuleSpec:
         return ModuleSpec(
@@ -323,38 +358,44 @@ class Compression:
             statistics="uint8",
         )
 
-    def _replace_weight(self, target: Target) -> None:
-        """Put the decoded matrix into the model, so that later layers see its errors."""
+    def _decoded(self, target: Target) -> np.ndarray:
+        """The matrix that the stored one stands for, (out, in) float32."""
         data = self._modules[target.name]
         assert data.packed is not None
-        codec = self.codecs[self.plan.codec_of[target.name]]
-        decoded = kernels.decode_rows(
-            data.packed,
+        scale = np.ones(target.shape[0], np.float32)
+        return kernels.decode_rows(
+            _array(data.packed),
             target.shape[1],
             0,
             target.shape[0],
-            codec.view,
-            np.ones(target.shape[0], np.float32)
-            if data.scale is None
-            else rowcode.decode(data.scale, signed=False),
-            None if data.shift is None else rowcode.decode(data.shift, signed=True),
+            self.codecs[self.plan.codec_of[target.name]].view,
+            scale if data.scale is None else rowcode.decode(_array(data.scale), signed=False),
+            None if data.shift is None else rowcode.decode(_array(data.shift), signed=True),
         )
-        weight = self.model.get_submodule(target.name).weight
-        weight.data.copy_(torch.from_numpy(decoded.T if target.kind == "conv1d" else decoded))
+
+
+def _array(part: np.ndarray | TensorSource) -> np.ndarray:
+    return part if isinstance(part, np.ndarray) else part.data()
 
 
 def _part(target: Target) -> str:
     return f"matrix-{target.name}"
 
 
-def _record(config: PocketConfig, plan: Plan) -> dict[str, Any]:
-    """How the checkpoint was made, for its quantization_config."""
+def window_length(model: nn.Module) -> int:
+    """Tokens of a calibration window: as many as the model has positions for, at most 512."""
+    positions = getattr(model.config, "max_position_embeddings", None) or WINDOW
+    return min(WINDOW, positions)
+
+
+def quantization_record(config: PocketConfig, plan: Plan, model: nn.Module) -> dict[str, Any]:
+    """How a compression was made, for its quantization_config."""
     calibration = None
     if config.calibration is not None:
         calibration = {
             "file": Path(config.calibration).name,
             "windows": config.calibration_windows,
-            "window": WINDOW,
+            "window": window_length(model),
             "feedback": config.feedback,
         }
     return {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,32 +81,41 @@ def load_model(folder: Path) -> nn.Module:
             or Inf.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     read_config(folder)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", output_loading_info=True
-        )
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", output_loading_info=True
+            )
     except (
         Exception
     ) as error:  # transformers and safetensors raise many kinds; each means the same to the user
         raise PocketError(
             f"{folder}: transformers cannot load it as a causal LM: {_first_line(error)}"
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
     missing = sorted(info["missing_keys"])
     if missing:
         raise PocketError(f"{folder}: its files lack {len(missing)} tensors, {missing[0]} for one")
     check_finite(model)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers says nothing that is not an error, and shows no bars."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def check_finite(model: nn.Module) -> None:

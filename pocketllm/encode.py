@@ -28,6 +28,10 @@ DAMPING = 0.03
 FLOOR = 1e-3
 # Times each sub-vector is chosen again. The output error falls by about 5, 2 and 0.5 %.
 AGAIN = 2
+# Rows of a matrix whose error is computed together.
+ROWS_TOGETHER = 512
+# Rows of H that are in memory once more, several times in float64, while it is factored.
+FACTOR_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ def factorise(hessian: np.ndarray, subvector: int, damping: float = DAMPING) -> 
     """Factors of H (in, in) in blocks of ``subvector`` columns, in float64 on one thread.
 
     ``damping`` is a share of the diagonal that is added to it. Columns that pad the last sub-vector
-    weigh next to nothing. Needs about 4 (in)² doubles.
+    weigh next to nothing. Beside H and the result, (in)² doubles are in memory.
 
     Raises:
         PocketError: NaN or Inf in H.
@@ -80,43 +84,84 @@ def factorise(hessian: np.ndarray, subvector: int, damping: float = DAMPING) -> 
     columns, d = len(hessian), subvector
     count = subvector_count(columns, d)
     length = count * d
-    if not np.isfinite(hessian).all():
+    if not np.isfinite(hessian.sum(dtype=np.float64)):
         raise PocketError("hessian: holds NaN or Inf; the calibration overflowed")
     with _one_thread():
-        h = torch.zeros(length, length, dtype=torch.float64)
-        h[:columns, :columns] = torch.from_numpy(hessian)
-        diagonal = h.diagonal()
+        h = torch.from_numpy(hessian)
+        if length > columns:
+            h = torch.nn.functional.pad(h, (0, length - columns, 0, length - columns))
+        diagonal = h.diagonal().double()
         mean = float(diagonal[:columns].mean())
         diagonal += damping * diagonal + (FLOOR * mean if mean > 0 else 1.0)
-        mass = diagonal.view(count, d).sum(1)
-        order = torch.argsort(mass, descending=True, stable=True)
-        columns_of = (order[:, None] * d + torch.arange(d)).flatten()
-        h = h[columns_of][:, columns_of]
-        inner, feedback = _free(h, count, d)
-        blocks = h.view(count, d, count, d)
-        fixed = torch.stack([blocks[i, :, i] for i in range(count)])
-        fixed_feedback = torch.linalg.solve(fixed, h.view(count, d, -1)).reshape(length, length).T
-        return Factors(
-            order.numpy(),
-            *(x.float().contiguous().numpy() for x in (inner, feedback, fixed, fixed_feedback)),
-        )
+        order = torch.argsort(diagonal.view(count, d).sum(1), descending=True, stable=True)
+        metric, feedback = _free(h, diagonal, order)
+        fixed_metric, fixed_feedback = _fixed(h, diagonal, order)
+    parts = (metric, feedback, fixed_metric, fixed_feedback)
+    return Factors(order.numpy(), *(part.numpy() for part in parts))
 
 
-def _free(h: torch.Tensor, count: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Metric and feedback with h = U D Uᵀ, U unit block upper triangular, D the metrics.
+def _rows(
+    h: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """H with this diagonal, its blocks in this order: (first block, (blocks, d, L*d) float64)."""
+    count = len(order)
+    d = len(h) // count
+    columns = (order[:, None] * d + torch.arange(d)).flatten()
+    step = max(1, FACTOR_ROWS // d)
+    for first in range(0, count, step):
+        rows = columns[first * d : (first + step) * d]
+        part = h[rows][:, columns].double()
+        part.diagonal(first * d)[:] = diagonal[rows]
+        yield first, part.view(-1, d, len(h))
 
-    The lower Cholesky factor of h with its blocks in reverse order, turned round again, is U with
+
+def _free(
+    h: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Metric and feedback with H = U D Uᵀ, U unit block upper triangular, D the metrics.
+
+    The lower Cholesky factor of H with its blocks in reverse order, turned round again, is U with
     the roots of D in its diagonal blocks.
     """
-    length = count * d
-    reverse = h.view(count, d, count, d).flip(0, 2).reshape(length, length)
-    blocks = torch.linalg.cholesky(reverse).view(count, d, count, d).flip(0, 2)
-    roots = torch.stack([blocks[i, :, i] for i in range(count)])
-    # U is blocks times the inverse of each column's root.
-    columns = blocks.permute(2, 0, 1, 3).reshape(count, length, d)
-    upper = torch.linalg.solve_triangular(roots, columns, upper=False, left=False)
-    feedback = upper.view(count, count, d, d).permute(1, 2, 0, 3).reshape(length, length)
-    return roots @ roots.mT, feedback
+    count = len(order)
+    d = len(h) // count
+    reverse = torch.empty(count, d, len(h), dtype=torch.float64)
+    for first, part in _rows(h, diagonal, order.flip(0)):
+        reverse[first : first + len(part)] = part
+    # LAPACK writes the factor over what it factors when that is in its own, transposed layout.
+    square = reverse.view(len(h), len(h)).mT
+    torch.linalg.cholesky_ex(
+        square, check_errors=True, out=(square, torch.empty(0, dtype=torch.int32))
+    )
+    blocks = reverse.view(count, d, count, d)
+    roots = torch.stack([blocks[j, :, j].T for j in reversed(range(count))])
+    feedback = torch.empty(len(h), count, d)
+    step = max(1, FACTOR_ROWS // d)
+    for first in range(0, count, step):
+        # U is the factor's columns times the inverse of each column's root.
+        part = reverse[max(0, count - first - step) : count - first].view(-1, d, count, d)
+        columns = part.flip(0, 2).permute(0, 2, 3, 1).reshape(-1, len(h), d)
+        these = slice(first, first + len(columns))
+        upper = torch.linalg.solve_triangular(roots[these], columns, upper=False, left=False)
+        feedback[:, these] = upper.permute(1, 0, 2)
+    return (roots @ roots.mT).float(), feedback.view(len(h), len(h))
+
+
+def _fixed(
+    h: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Diagonal blocks of H, and H over them, transposed."""
+    count = len(order)
+    d = len(h) // count
+    metric = torch.empty(count, d, d)
+    feedback = torch.empty(len(h), count, d)
+    for first, part in _rows(h, diagonal, order):
+        blocks = part.view(-1, d, count, d)
+        own = torch.stack([blocks[i, :, first + i] for i in range(len(blocks))])
+        these = slice(first, first + len(blocks))
+        metric[these] = own
+        feedback[:, these] = torch.linalg.solve(own, part).permute(2, 0, 1)
+    return metric, feedback.view(len(h), len(h))
 
 
 def encode_rows(
@@ -125,7 +170,7 @@ def encode_rows(
     codec: StoredCodec,
     hessian: np.ndarray | None = None,
     *,
-    damping: float = DAMPING,
+    factors: Factors | None = None,
 ) -> Encoded:
     """Choose the index of every sub-vector of a matrix.
 
@@ -135,7 +180,7 @@ def encode_rows(
         codec: in its stored form. A codec whose decoder needs the whole row is encoded as
             published, by the nearest latent, whatever H is.
         hessian: (in, in) float32, symmetric; None minimises the plain squared error.
-        damping: share of H's diagonal added to it.
+        factors: of the hessian, when they are at hand (see :func:`factorise`).
 
     Raises:
         PocketError: NaN or Inf in the hessian.
@@ -143,22 +188,34 @@ def encode_rows(
     d = codec.spec.subvector
     if codec.encoder is not None:
         index = codec.codec.assign(rows.values)
-        decoded = codec.codec.reconstruct(index)
+        decode = codec.codec.reconstruct
     else:
         if hessian is None:
             flat = kernels.nearest(rows.values.reshape(-1, d), codec.table)
             index = flat.reshape(len(rows.values), -1)
         else:
-            index = _encode_feedback(rows.values, codec.table, factorise(hessian, d, damping))
-        decoded = codec.table[index].reshape(rows.values.shape)
-    gap = weight - denormalise(decoded, weight.shape[1], rows.scale, rows.shift)
-    return Encoded(
-        index,
-        rows.scale,
-        rows.shift,
-        _ratio(np.square(gap).sum(dtype=np.float64), np.square(weight).sum(dtype=np.float64)),
-        float("nan") if hessian is None else _ratio(_under(gap, hessian), _under(weight, hessian)),
-    )
+            index = _encode_feedback(rows.values, codec.table, factors or factorise(hessian, d))
+        table = codec.table
+
+        def decode(index: np.ndarray) -> np.ndarray:
+            return table[index].reshape(len(index), -1)
+
+    errors = np.zeros(4)
+    for first in range(0, len(weight), ROWS_TOGETHER):
+        part = slice(first, first + ROWS_TOGETHER)
+        shift = None if rows.shift is None else rows.shift[part]
+        made = denormalise(decode(index[part]), weight.shape[1], rows.scale[part], shift)
+        errors += _errors(weight[part], made, hessian)
+    output_error = float("nan") if hessian is None else _ratio(errors[2], errors[3])
+    return Encoded(index, rows.scale, rows.shift, _ratio(errors[0], errors[1]), output_error)
+
+
+def _errors(weight: np.ndarray, made: np.ndarray, hessian: np.ndarray | None) -> np.ndarray:
+    """Squares of what differs, of the weight, and both under H (0 without)."""
+    gap = weight - made
+    plain = [np.square(x).sum(dtype=np.float64) for x in (gap, weight)]
+    under = [0.0, 0.0] if hessian is None else [_under(gap, hessian), _under(weight, hessian)]
+    return np.array([*plain, *under])
 
 
 def _encode_feedback(values: np.ndarray, table: np.ndarray, factors: Factors) -> np.ndarray:
@@ -175,8 +232,16 @@ def _encode_feedback(values: np.ndarray, table: np.ndarray, factors: Factors) ->
 
 
 def _under(rows: np.ndarray, hessian: np.ndarray) -> float:
-    """tr(rows H rowsᵀ)."""
-    return float(np.einsum("ij,ij->", rows @ hessian, rows, dtype=np.float64))
+    """tr(rows H rowsᵀ), from the blocks of the symmetric H on and above its diagonal."""
+    x, h = torch.from_numpy(rows), torch.from_numpy(hessian)
+    total = 0.0
+    for first in range(0, len(h), ROWS_TOGETHER):
+        these = slice(first, first + ROWS_TOGETHER)
+        product = x[:, these] @ h[these, these]
+        if first:
+            product += 2 * (x[:, :first] @ h[:first, these])
+        total += float((product * x[:, these]).sum(dtype=torch.float64))
+    return total
 
 
 def _ratio(error: float, whole: float) -> float:

@@ -255,19 +255,19 @@ def dense_tensors(model: nn.Module, compressed: Iterable[str]) -> dict[str, Tens
     state = {name: t for name, t in model.state_dict().items() if name not in skipped}
     return {
         name: LazyTensor(dtype_name(t), tuple(t.shape), functools.partial(tensor_bytes, t))
-        for name, t in _saved(model, state).items()
+        for name, t in saved_tensors(model, state).items()
     }
 
 
-def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that save_pretrained writes, under the names it writes."""
-    return _saved(model, model.state_dict())
+def saved_tensors(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors that save_pretrained writes, under the names it writes.
 
-
-def _saved(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    ``state`` is the model's state dict, or a part of it; it is changed.
+    """
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+    state = model.state_dict() if state is None else state
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)
     state = remove_tied_weights_from_state_dict(state, model)

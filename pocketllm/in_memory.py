@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .compressor import Compression
+from .compressor import Compression, quantization_record
 from .dense import check_finite
 from .errors import PocketError
 from .planning import make_plan
+from .weights import LoadedWeights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,14 +20,24 @@ if TYPE_CHECKING:
     from .config import PocketConfig
 
 
-class _Forgetful:
+class _Memory:
     """In place of the folder of finished parts: there is nothing to resume."""
 
+    folder = None
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[str, np.ndarray]] = {}
+
     def load(self, name: str) -> None:
-        """No part is there."""
+        """No part is there from an earlier run."""
+
+    def part(self, name: str) -> dict[str, np.ndarray] | None:
+        """The arrays of a part of this run, or None."""
+        return self._parts.get(name)
 
     def store(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        """Nothing is kept."""
+        """Keeps them."""
+        self._parts[name] = arrays
 
 
 def compress_in_memory(
@@ -52,7 +63,7 @@ def compress_in_memory(
         )
     check_finite(model)
     plan = make_plan(model, config)
-    run = Compression(model, folder, config, plan, _Forgetful(), False)  # type: ignore[arg-type]
+    weights = LoadedWeights(model)
+    run = Compression(weights, folder, config, plan, _Memory(), False)  # type: ignore[arg-type]
     codecs, modules = run.encode_all()
-    left = sorted({dense.name.removesuffix(".weight") for dense in plan.dense})
-    return codecs, modules, {"seed": config.seed, "modules_to_not_convert": left}
+    return codecs, modules, quantization_record(config, plan, model)

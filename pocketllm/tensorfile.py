@@ -35,6 +35,8 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 CHUNK_BYTES = 1 << 24
+# Most bytes of one read: systems refuse more than about 2 GiB.
+READ_BYTES = 1 << 30
 
 
 class TensorSource(Protocol):
@@ -115,6 +117,24 @@ class StoredTensor:
     def array(self) -> np.ndarray:
         """Read-only array over the mapped bytes; BF16 comes as uint16."""
         return np.frombuffer(self.data(), DTYPES[self.dtype][1]).reshape(self.shape)
+
+    def read_into(self, buffer: np.ndarray, offset: int = 0) -> None:
+        """Fill a uint8 buffer with the bytes from ``offset`` on, read instead of mapped.
+
+        Raises:
+            CheckpointError: the file has become shorter, or cannot be read any more.
+        """
+        view = buffer.data
+        try:
+            with open(self.file.path, "rb", buffering=0) as handle:
+                handle.seek(self.start + offset)
+                while view:
+                    done = handle.readinto(view[:READ_BYTES])
+                    if not done:
+                        raise CheckpointError(f"{self.file.path}: became shorter while it was read")
+                    view = view[done:]
+        except OSError as error:
+            raise CheckpointError(f"{self.file.path}: cannot be read: {error.strerror}") from error
 
     def float32(self) -> np.ndarray:
         """The values as a new float32 array. F8 types are refused with PocketError."""

@@ -7,6 +7,7 @@ job: the same source, settings and version of the package; anything else is refu
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from .errors import PocketError
+from .tensorfile import LazyTensor, TensorSource
 
 
 class Workspace:
@@ -90,6 +93,20 @@ class Workspace:
         path = self._path(name)
         return load_file(path) if path.is_file() else None
 
+    def part(self, name: str) -> dict[str, TensorSource] | None:
+        """The tensors of a finished part, each read when it is asked for; or None."""
+        path = self._path(name)
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="numpy") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {
+                key: LazyTensor(
+                    view.get_dtype(), tuple(view.get_shape()), functools.partial(_read, path, key)
+                )
+                for key, view in slices.items()
+            }
+
     def store(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         """Keep a part. Raises PocketError when it cannot be written."""
         path = self._path(name)
@@ -110,6 +127,11 @@ class Workspace:
         beside = path.with_suffix(".writing")
         beside.write_bytes(content)
         os.replace(beside, path)
+
+
+def _read(path: Path, key: str) -> np.ndarray:
+    with safe_open(path, framework="numpy") as file:
+        return file.get_tensor(key)
 
 
 @contextmanager

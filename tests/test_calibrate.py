@@ -138,14 +138,6 @@ def test_resuming_skips_the_moments() -> None:
         assert np.array_equal(h, whole[name]), name
 
 
-def test_token_frequencies() -> None:
-    model = tiny_model("llama")
-    with Calibrator(model, WINDOWS, []) as calibrator:
-        share = calibrator.token_frequencies()
-    assert share.shape == (50,)
-    assert share[7] == np.float32((WINDOWS == 7).sum().item() / WINDOWS.numel())
-
-
 def test_a_failure_leaves_the_model_as_it_was() -> None:
     model = tiny_model("gpt2", torch.bfloat16)
     with pytest.raises(RuntimeError), Calibrator(model, WINDOWS, names_of(model)) as calibrator:
