@@ -1,7 +1,8 @@
 """Which codebook shape each matrix gets, so that the whole meets a budget of bits.
 
-The shapes form a ladder of rates. Each matrix takes the rung that minimises its predicted error
-plus a price on bits; the price is the one at which the total, every byte counted, fits the budget,
+The shapes form a ladder of rates. Each matrix takes the rung that minimises the harm its predicted
+error does (see :mod:`pocketllm.sensitivity`) plus a price on bits; the price is the one at which
+the total, every byte counted, fits the budget. Rungs that do not pay for their tables are left out,
 and what is left over buys the upgrades with the largest predicted gain per bit.
 """
 
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from .errors import PocketError
 from .layout import Target
@@ -79,7 +82,8 @@ def allocate(
     spec_of: Callable[[Shape], CodecSpec],
     row_scale: bool = True,
     row_shift: bool = False,
-    group_of: dict[str, str],
+    groups_of: Callable[[Mapping[str, Shape]], Mapping[str, str]],
+    harm_of: Mapping[str, float] | None = None,
     ladder: Sequence[Shape] = LADDER,
 ) -> dict[str, Shape]:
     """Give every target a shape so that all bytes together stay within ``budget_bits``.
@@ -88,76 +92,139 @@ def allocate(
         targets: what is compressed; tied targets cost nothing and follow their owner.
         budget_bits: bits for payloads, row statistics and tables together.
         spec_of: the codec that would be stored for a shape.
-        group_of: target name -> name of the group that shares tables.
+        groups_of: for the shapes of all targets, target name -> name of the group it shares a table
+            with.
+        harm_of: target name -> harm of a relative squared error of 1; None: as many as it has
+            weights, in embeddings eight times that.
 
     Raises:
         PocketError: even the smallest shape does not fit; the sentence says what would.
     """
     owners = [t for t in targets if not t.tied_to]
     rungs = sorted(ladder, key=lambda s: s.rate)
-    cost = {
-        t.name: [payload_bits(t, s, row_scale=row_scale, row_shift=row_shift) for s in rungs]
-        for t in owners
-    }
-    harm = {
-        t.name: [_sensitivity(t) * t.weights * predicted_error(s) for s in rungs] for t in owners
-    }
-
-    table = [codec_bits(spec_of(s)) for s in rungs]
-
-    def total(choice: dict[str, int]) -> float:
-        tables = {(group_of[name], rung) for name, rung in choice.items()}
-        return sum(cost[n][r] for n, r in choice.items()) + sum(table[r] for _, r in tables)
-
-    def at_price(price: float) -> dict[str, int]:
-        return {
-            t.name: min(range(len(rungs)), key=lambda r: harm[t.name][r] + price * cost[t.name][r])
-            for t in owners
-        }
-
-    smallest = {t.name: 0 for t in owners}
-    if total(smallest) > budget_bits:
+    problem = _Problem(
+        names=[t.name for t in owners],
+        rungs=rungs,
+        cost=np.array(
+            [
+                [payload_bits(t, s, row_scale=row_scale, row_shift=row_shift) for s in rungs]
+                for t in owners
+            ],
+            np.float64,
+        ),
+        harm=_harm(owners, rungs, harm_of),
+        table=[codec_bits(spec_of(s)) for s in rungs],
+        groups_of=groups_of,
+        budget=budget_bits,
+    )
+    smallest = np.isfinite(problem.harm).argmax(1)
+    if problem.bits(smallest) > budget_bits:
         weights = sum(t.weights for t in owners)
-        least = total(smallest) / weights
+        least = problem.bits(smallest) / weights
         raise PocketError(
             f"bits: {budget_bits / weights:.3f} bits per weight cannot be met, "
             f"the least here is {least:.3f}: "
             f"ask for at least {math.ceil(least * 100) / 100:.2f}"
         )
-    low, high = 1e-12, 1e3
-    for _ in range(80):
-        price = math.sqrt(low * high)
-        if total(at_price(price)) > budget_bits:
-            low = price
-        else:
-            high = price
-    choice = at_price(high)
-    if total(choice) > budget_bits:
-        choice = smallest
-    _spend_the_rest(choice, budget_bits, cost, harm, total)
-    return {t.name: rungs[choice[t.tied_to or t.name]] for t in targets}
+    affordable = _without_costly_tables(problem)
+    choice = _spend_the_rest(problem, smallest if affordable is None else affordable)
+    found = dict(zip(problem.names, choice, strict=True))
+    return {t.name: rungs[found[t.tied_to or t.name]] for t in targets}
 
 
-def _spend_the_rest(
-    choice: dict[str, int],
-    budget_bits: float,
-    cost: dict[str, list[int]],
-    harm: dict[str, list[float]],
-    total: Callable[[dict[str, int]], float],
-) -> None:
-    """Move matrices up one rung, best predicted gain per bit first, while the budget allows."""
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What each rung costs each matrix; a choice is an array of rungs, one for each name.
 
-    def gain(name: str) -> float:
-        rung = choice[name]
-        return (harm[name][rung] - harm[name][rung + 1]) / max(
-            1, cost[name][rung + 1] - cost[name][rung]
-        )
+    Attributes:
+        cost: (matrices, rungs), payload bits.
+        harm: (matrices, rungs), predicted; infinite where the rung is not allowed.
+        table: bits of a table of each rung.
+    """
 
-    for name in sorted((n for n in choice if choice[n] + 1 < len(cost[n])), key=gain, reverse=True):
-        choice[name] += 1
-        if total(choice) > budget_bits:
-            choice[name] -= 1
+    names: list[str]
+    rungs: list[Shape]
+    cost: np.ndarray
+    harm: np.ndarray
+    table: list[int]
+    groups_of: Callable[[Mapping[str, Shape]], Mapping[str, str]]
+    budget: float
+
+    def bits(self, choice: np.ndarray) -> float:
+        """Everything a choice stores."""
+        shapes = {n: self.rungs[r] for n, r in zip(self.names, choice, strict=True)}
+        groups = self.groups_of(shapes)
+        tables = {(groups[n], r) for n, r in zip(self.names, choice.tolist(), strict=True)}
+        payload = self.cost[np.arange(len(choice)), choice].sum()
+        return float(payload) + sum(self.table[r] for _, r in tables)
+
+    def solve(self, rungs: list[int]) -> tuple[float, np.ndarray | None]:
+        """The best choice of these rungs within the budget, and the value of its Lagrangian;
+        infinity and None where none fits."""
+        harm, cost = self.harm[:, rungs], self.cost[:, rungs]
+        allowed = np.isfinite(harm)
+        low, high, best = 1e-12, 1e3, None
+        for _ in range(50):
+            price = math.sqrt(low * high)
+            among = np.where(allowed, harm + price * cost, np.inf).argmin(1)
+            choice = np.array(rungs)[among]
+            if not allowed.any(1).all() or self.bits(choice) > self.budget:
+                low = price
+            else:
+                high, best = price, choice
+        if best is None:
+            return math.inf, None
+        chosen = self.harm[np.arange(len(best)), best].sum()
+        return float(chosen) + high * (self.bits(best) - self.budget), best
 
 
-def _sensitivity(target: Target) -> float:
+def _without_costly_tables(problem: _Problem) -> np.ndarray | None:
+    """The best choice, of as few rungs as pay for their tables; None where none fits."""
+    value, choice = problem.solve(list(range(len(problem.rungs))))
+    while choice is not None and len(used := sorted(set(choice.tolist()))) > 1:
+        fewer = [problem.solve([r for r in used if r != gone]) for gone in used]
+        least, best = min(fewer, key=lambda found: found[0])
+        if least > value:
+            break
+        value, choice = least, best
+    return choice
+
+
+def _spend_the_rest(problem: _Problem, choice: np.ndarray) -> np.ndarray:
+    """Move matrices up to the next rung in use (the top ones to the next of all), best gain per bit
+    first, while the budget allows."""
+    used = sorted(set(choice.tolist()))
+    gains = []
+    for i, now in enumerate(choice.tolist()):
+        higher = [r for r in range(now + 1, len(problem.rungs)) if np.isfinite(problem.harm[i, r])]
+        then = next((r for r in higher if r in used), higher[0] if higher else None)
+        if then is not None:
+            less = problem.harm[i, now] - problem.harm[i, then]
+            gains.append((less / max(1.0, problem.cost[i, then] - problem.cost[i, now]), i, then))
+    for _, i, then in sorted(gains, key=lambda gain: gain[0], reverse=True):
+        moved = choice.copy()
+        moved[i] = then
+        if problem.bits(moved) <= problem.budget:
+            choice = moved
+    return choice
+
+
+def _harm(
+    owners: Sequence[Target], rungs: Sequence[Shape], harm_of: Mapping[str, float] | None
+) -> np.ndarray:
+    """(matrices, rungs): predicted, on average as large as the errors of all weights."""
+    whole = np.array(
+        [harm_of[t.name] if harm_of else _prior(t) * t.weights for t in owners], np.float64
+    )
+    whole *= sum(t.weights for t in owners) / whole.sum()
+    harm = whole[:, None] * np.array([predicted_error(s) for s in rungs])
+    for i, target in enumerate(owners):
+        for r, shape in enumerate(rungs):
+            # A codebook for a matrix alone must find as many sub-vectors in it.
+            if r and shape.codewords * shape.subvector > target.weights:
+                harm[i, r] = np.inf
+    return harm
+
+
+def _prior(target: Target) -> float:
     return EMBEDDING_SENSITIVITY if target.kind == "embedding" else 1.0

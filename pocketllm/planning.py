@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .allocate import LADDER, Shape, allocate, codec_bits, payload_bits
+from .allocate import Shape, allocate, codec_bits, payload_bits
 from .config import PocketConfig
 from .errors import PocketError
 from .layout import Dense, Target, subvector_count, walk
@@ -71,8 +72,15 @@ class Plan:
         return sum(t.weights for t in self.targets)
 
 
-def make_plan(model: nn.Module, config: PocketConfig) -> Plan:
+def make_plan(
+    model: nn.Module, config: PocketConfig, harm_of: Mapping[str, float] | None = None
+) -> Plan:
     """Decide what is compressed, with which codecs, and predict the size.
+
+    Args:
+        model: its modules, with or without storage.
+        config: settings.
+        harm_of: what errors of each matrix do (:func:`pocketllm.sensitivity.sensitivities`).
 
     Raises:
         PocketError: nothing to compress, or a size that cannot be met.
@@ -87,7 +95,7 @@ def make_plan(model: nn.Module, config: PocketConfig) -> Plan:
         shapes = {t.name: Shape(config.subvector, config.codebook) for t in targets}
     else:
         budget = _budget_bits(config, targets, dense_bytes)
-        shapes = _allocate(config, targets, budget)
+        shapes = _allocate(config, targets, budget, harm_of)
     codecs, codec_of = _codecs(config, targets, shapes)
     bits = sum(map(codec_bits, codecs.values())) + sum(
         payload_bits(t, shapes[t.name], row_scale=config.row_scale, row_shift=config.row_shift)
@@ -193,33 +201,46 @@ def _budget_bits(config: PocketConfig, targets: list[Target], dense_bytes: int) 
     return 8.0 * room
 
 
-def _group_names(config: PocketConfig, targets: list[Target], shape: Shape) -> dict[str, str]:
-    share = config.share
-    if share == "auto":
-        index_bits: dict[str, float] = {}
-        for target in targets:
-            index_bits[target.role] = index_bits.get(target.role, 0.0) + target.weights * shape.rate
-        smallest = min(bits for bits in index_bits.values() if bits)
-        share = "type" if codec_bits(_spec(config, shape)) <= CODEC_SHARE * smallest else "model"
-    if share == "model":
-        return {t.name: "shared" for t in targets}
-    if share == "type":
-        return {t.name: t.role.replace(".", "_") for t in targets}
-    return {t.name: t.name.replace(".", "_") for t in targets}
+def _group_names(
+    config: PocketConfig, targets: Sequence[Target], shapes: Mapping[str, Shape]
+) -> dict[str, str]:
+    """Target name -> name of the group that shares a codec, of those that have the same shape."""
+    by_role: dict[tuple[str, Shape], float] = {}
+    for target in targets:
+        if not target.tied_to:
+            key = target.role, shapes[target.name]
+            by_role[key] = by_role.get(key, 0.0) + target.weights * shapes[target.name].rate
+    names = {}
+    for target in targets:
+        shape = shapes[target.tied_to or target.name]
+        share = config.share
+        if share == "auto":
+            bits = by_role.get((target.role, shape), 0.0)
+            worth = codec_bits(_spec(config, shape)) <= CODEC_SHARE * bits
+            share = "type" if worth else "model"
+        names[target.name] = {
+            "model": "shared",
+            "type": target.role.replace(".", "_"),
+            "tensor": target.name.replace(".", "_"),
+        }[share]
+    return names
 
 
-def _allocate(config: PocketConfig, targets: list[Target], budget: float) -> dict[str, Shape]:
-    weights = sum(t.weights for t in targets)
-    fitting = [s for s in LADDER if s.rate <= budget / weights]
-    likely = max(fitting, key=lambda s: s.rate) if fitting else LADDER[0]
-    groups = _group_names(config, targets, likely)
+def _allocate(
+    config: PocketConfig,
+    targets: list[Target],
+    budget: float,
+    harm_of: Mapping[str, float] | None,
+) -> dict[str, Shape]:
+    owners = [t for t in targets if not t.tied_to]
     return allocate(
         targets,
         budget,
         spec_of=lambda shape: _spec(config, shape),
         row_scale=config.row_scale,
         row_shift=config.row_shift,
-        group_of=groups,
+        groups_of=lambda shapes: _group_names(config, owners, shapes),
+        harm_of=harm_of,
     )
 
 
@@ -229,8 +250,7 @@ def _codecs(
     codecs: dict[str, CodecSpec] = {}
     codec_of: dict[str, str] = {}
     sub_vectors: dict[str, int] = {}
-    largest = max(shapes.values(), key=lambda s: s.codewords * s.subvector)
-    groups = _group_names(config, targets, largest)
+    groups = _group_names(config, targets, shapes)
     for target in targets:
         shape = shapes[target.name]
         name = f"{groups[target.name]}_d{shape.subvector}k{shape.codewords}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import NormalDist
 
 import numpy as np
@@ -22,6 +23,10 @@ from pocketllm.schema import CodecSpec
 
 def spec_of(shape: Shape) -> CodecSpec:
     return CodecSpec("c", shape.subvector, shape.codewords, 16, "input", "table-int8")
+
+
+def together(shapes: Mapping[str, Shape]) -> dict[str, str]:
+    return dict.fromkeys(shapes, "g")
 
 
 def model_targets() -> list[Target]:
@@ -49,7 +54,7 @@ def test_budget_is_met_and_used(bits: float) -> None:
         targets,
         bits * weights,
         spec_of=spec_of,
-        group_of=dict.fromkeys([t.name for t in targets], "g"),
+        groups_of=together,
     )
     spent = total_bits(targets, shapes) / weights
     assert spent <= bits
@@ -64,19 +69,41 @@ def test_the_embedding_gets_more_bits_than_a_layer() -> None:
         targets,
         3 * weights,
         spec_of=spec_of,
-        group_of=dict.fromkeys([t.name for t in targets], "g"),
+        groups_of=together,
     )
     assert shapes["embed"].rate > max(shapes[t.name].rate for t in targets if t.kind == "linear")
+
+
+def test_a_sensitive_matrix_gets_its_bits_from_the_others() -> None:
+    """Sixteen times the harm is worth two bits (reverse water-filling: errors go with 4**-rate),
+    and some more where the shorter sub-vectors of higher rates are less efficient."""
+    targets = [t for t in model_targets() if t.kind == "linear"]
+    weights = sum(t.weights for t in targets)
+    harm = {t.name: float(t.weights) for t in targets}
+    harm["layers.2.q"] *= 16
+    shapes = allocate(targets, 2.5 * weights, spec_of=spec_of, groups_of=together, harm_of=harm)
+    rest = [shapes[t.name].rate for t in targets if t.name != "layers.2.q"]
+    assert 1.5 <= shapes["layers.2.q"].rate - np.median(rest) <= 3
+    # Only the ratios count.
+    scaled = {name: 1e-9 * value for name, value in harm.items()}
+    assert shapes == allocate(
+        targets, 2.5 * weights, spec_of=spec_of, groups_of=together, harm_of=scaled
+    )
+
+
+def test_no_codebook_is_larger_than_the_matrix() -> None:
+    targets = [Target("a", "linear", (16, 16), "a"), Target("b", "linear", (256, 256), "b")]
+    shapes = allocate(targets, 6 * 65792, spec_of=spec_of, groups_of=together)
+    assert shapes["a"].codewords * shapes["a"].subvector <= 256
 
 
 def test_an_impossible_budget_names_the_least() -> None:
     targets = model_targets()
     weights = sum(t.weights for t in targets)
-    groups = dict.fromkeys([t.name for t in targets], "g")
     with pytest.raises(PocketError, match="cannot be met, the least here is") as failure:
-        allocate(targets, 0.3 * weights, spec_of=spec_of, group_of=groups)
+        allocate(targets, 0.3 * weights, spec_of=spec_of, groups_of=together)
     least = float(str(failure.value).rsplit(" ", 1)[1])
-    allocate(targets, least * weights, spec_of=spec_of, group_of=groups)
+    allocate(targets, least * weights, spec_of=spec_of, groups_of=together)
 
 
 def test_index_bits_and_payload() -> None:
