@@ -7,7 +7,7 @@ elsewhere := build/elsewhere
 # Test files that need only NumPy and the extension carry this marker: torch is not sanitized.
 kernel_tests = $(abspath $(shell grep -lE 'pytest\.mark\.kernels' tests/test_*.py))
 
-.PHONY: build test lint check warnings ctest asan neon avx512-emulated sanitize wheel-test clean
+.PHONY: build test lint check warnings ctest warnings-gcc warnings-clang asan neon avx512-emulated sanitize wheel-test clean
 
 build:
 	$(python) setup.py -q build_ext --inplace
@@ -28,10 +28,11 @@ asan neon avx512-emulated:
 check: lint ctest test
 
 # The whole extension by two compilers, every warning an error.
-warnings:
-	for compiler in gcc clang; do \
-	    CC=$$compiler POCKETLLM_WERROR=1 $(python) setup.py -q build_ext \
-	        --build-lib build/$$compiler --build-temp build/$$compiler-objects || exit 1; done
+warnings: warnings-gcc warnings-clang
+
+warnings-gcc warnings-clang: warnings-%:
+	CC=$* POCKETLLM_WERROR=1 $(python) setup.py -q build_ext \
+	    --build-lib build/$* --build-temp build/$*-objects
 
 # The extension under the address and undefined-behaviour sanitizers, each instruction set in turn.
 # The test that counts traced bytes is left out: it relies on freed addresses being used again, which
@@ -42,11 +43,12 @@ sanitize:
 	    --build-base $(sanitized)-objects --build-lib $(sanitized)
 	cd $(sanitized) && $(sanitizers) $(python) -c "import pocketllm, pathlib; \
 	    assert pathlib.Path(pocketllm.__file__).is_relative_to(pathlib.Path.cwd())"
-	cd $(sanitized) && for isa in $$($(sanitizers) $(python) -c \
-	    "from pocketllm import kernels; print(*kernels.available_isas())"); do \
-	    echo "sanitized, POCKETLLM_ISA=$$isa"; \
-	    POCKETLLM_ISA=$$isa $(sanitizers) $(python) -m pytest -q -p no:cacheprovider \
-	        -c $(abspath pyproject.toml) -m kernels -k "not left_behind" $(kernel_tests) || exit 1; done
+	cd $(sanitized) && $(sanitizers) $(python) -c \
+	    "from pocketllm import kernels; print(*kernels.available_isas(), sep='\n')" | \
+	    xargs -P 2 -I ISA sh -c 'POCKETLLM_ISA=ISA $(sanitizers) $(python) -m pytest -q \
+	        -p no:cacheprovider -c $(abspath pyproject.toml) -m kernels -k "not left_behind" \
+	        $(kernel_tests) > ISA.log 2>&1; status=$$?; \
+	        echo "sanitized, POCKETLLM_ISA=ISA"; cat ISA.log; exit $$status'
 
 sanitizers = LD_PRELOAD=$$(gcc -print-file-name=libasan.so) PYTHONMALLOC=malloc \
     PYTHONPATH=$(abspath $(sanitized)) ASAN_OPTIONS=detect_leaks=0 \

@@ -133,16 +133,17 @@ def test_no_memory_is_left_behind(name):
                 function(*args, **options)
 
     call(50)
-    gc.collect()
     tracemalloc.start()
     call(50)
     gc.collect()
-    before = tracemalloc.get_traced_memory()[0]
-    call(200)
-    gc.collect()
-    grown = tracemalloc.get_traced_memory()[0] - before
+    growths = []
+    for _ in range(5):  # other threads allocate now and then; what leaks grows every time
+        before = tracemalloc.get_traced_memory()[0]
+        call(200)
+        gc.collect()
+        growths.append(tracemalloc.get_traced_memory()[0] - before)
     tracemalloc.stop()
-    assert grown < 200 * 16, f"{grown} bytes more after 200 calls"
+    assert min(growths) < 200 * 16, f"{growths} bytes more after 200 calls each"
 
 
 def run_python(code, **environment):
