@@ -225,6 +225,87 @@ class Calibrator:
         moments = self._collect(len(self._layers), {self._names[id(head)]: head})
         return next(iter(moments.values()), None)
 
+    def first_inputs(self) -> list[torch.Tensor]:
+        """Input (length, hidden) of the first layer, of every window."""
+        windows = range(len(self.windows))
+        return list(self._each(lambda w: self._run(w, 0, None, collect=True)[0], windows))
+
+    def forward(self, index: int, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs (length, hidden) of a layer for these inputs. To be asked for in order."""
+        layer = self._layers[index]
+        with self._weights.visit(layer), self._weights.run(layer):
+            return list(self._each(lambda w: self._run(w, index, states[w])[0], range(len(states))))
+
+    def backward_head(
+        self, states: Sequence[torch.Tensor], pull: Callable[[int, torch.Tensor], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Gradients (length, hidden) at the last layer's outputs.
+
+        Args:
+            states: these outputs.
+            pull: from a window and the input (length, hidden) of the output head to the gradient
+                there.
+
+        Raises:
+            PocketError: the model has no output head.
+        """
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise PocketError(f"model: {type(self.model).__name__} has no output head")
+
+        def gradient(window: int) -> torch.Tensor:
+            self._local.inputs = []
+            state = states[window].detach().requires_grad_()
+            self._run(window, len(self._layers), state, learn=True)
+            ((x, _),) = self._local.inputs
+            self._local.inputs = []
+            pulled = pull(window, x.detach().reshape(-1, x.shape[-1])).view_as(x)
+            return torch.autograd.grad(x, state, pulled)[0]
+
+        handle = head.register_forward_pre_hook(self._hook("head"))
+        try:
+            return list(self._each(gradient, range(len(states))))
+        finally:
+            handle.remove()
+
+    def backward(
+        self, index: int, states: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], dict[str, np.ndarray]]:
+        """One layer backwards, for its inputs and the gradients at its outputs.
+
+        Returns:
+            The gradients (length, hidden) at its inputs, and for every target in it the squared
+            gradient of its matrix, summed over the windows and each row: (out,) float64.
+        """
+        layer = self._layers[index]
+        targets = CalibratedLayer(self, index, f"{self.name}.{index}", layer).targets
+        with self._weights.visit(layer), self._weights.run(layer):
+            modules = {name: self.model.get_submodule(name) for name in targets}
+            for module in modules.values():
+                module.weight.requires_grad_(True)
+
+            def gradient(window: int) -> tuple[torch.Tensor, list[np.ndarray | None]]:
+                state = states[window].detach().requires_grad_()
+                output = self._run(window, index, state, learn=True)
+                wanted = [state, *(m.weight for m in modules.values())]
+                first, *rest = torch.autograd.grad(
+                    output, wanted, gradients[window][None], allow_unused=True
+                )
+                return first, [
+                    None if g is None else _row_squares(g, m)
+                    for g, m in zip(rest, modules.values(), strict=True)
+                ]
+
+            before, squares = [], {name: np.zeros(1) for name in targets}
+            for first, rows in self._each(gradient, range(len(states))):
+                before.append(first)
+                for name, row in zip(targets, rows, strict=True):
+                    if row is not None:
+                        squares[name] = squares[name] + row
+            for module in modules.values():
+                module.weight.requires_grad_(False)
+        return before, squares
+
     def _hessians(self, index: int, layer: CalibratedLayer) -> dict[str, np.ndarray]:
         with self._weights.run(layer.module):
             return self._collect(index, {n: self.model.get_submodule(n) for n in layer.targets})
@@ -323,17 +404,24 @@ class Calibrator:
             yield pending.popleft().result()
 
     def _run(
-        self, window: int, index: int, state: torch.Tensor | None, *, collect: bool = False
+        self,
+        window: int,
+        index: int,
+        state: torch.Tensor | None,
+        *,
+        collect: bool = False,
+        learn: bool = False,
     ) -> torch.Tensor:
         """Runs the model on a window with every decoder layer but ``index`` passing through.
 
         Layer ``index`` gets ``state`` (length, hidden) and its output is returned as (1, length,
         hidden); with ``collect`` its input is. An index behind the last layer runs what follows the
-        layers. Masks, positions and other arguments are thus the model's own.
+        layers. Masks, positions and other arguments are thus the model's own. With ``learn`` the
+        graph for gradients is kept.
         """
         local = self._local
         local.index, local.state, local.collect, local.result = index, state, collect, None
-        with torch.no_grad(), suppress(_Done):
+        with torch.set_grad_enabled(learn), suppress(_Done):
             self.model(input_ids=self.windows[window : window + 1], use_cache=False)
         result = local.result
         local.state = local.result = None
@@ -383,6 +471,12 @@ class Calibrator:
 
 class _Done(Exception):
     """Ends a forward pass as soon as what was wanted of it is there."""
+
+
+def _row_squares(gradient: torch.Tensor, module: nn.Module) -> np.ndarray:
+    """Sums of the squares of each output unit's gradients, (out,) float64."""
+    columns = 1 if isinstance(module, nn.Linear) else 0  # a Conv1D is stored transposed
+    return gradient.square().sum(columns, dtype=torch.float64).numpy()
 
 
 def _one_thread() -> None:

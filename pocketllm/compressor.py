@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from . import __version__, kernels, rowcode
+from . import __version__, kernels, rowcode, sensitivity
 from .calibrate import Calibrator, read_windows
 from .checkpoint import open_checkpoint
 from .checkpoint_write import CodecData, ModuleData, check_output, write_checkpoint
@@ -106,6 +106,7 @@ def compress(
         with Workspace(path, job, resume=resume) as workspace:
             run = Compression(weights, folder, config, plan, workspace, progress and not finished)
             codecs, modules = run.encode_all()
+            plan = run.plan
             if not finished:
                 write_checkpoint(
                     path,
@@ -157,6 +158,7 @@ class Compression:
     """One run over a model: its codecs, then its matrices, every finished part kept.
 
     Attributes:
+        plan: what is done; shapes are chosen again once the sensitivities are known.
         errors: module name -> relative squared error of the weights encoded so far.
         output_errors: the same under the calibration second moments.
         warnings: sentences for the user.
@@ -195,6 +197,10 @@ class Compression:
     def encode_all(self) -> tuple[list[CodecData], list[ModuleData]]:
         """Train every codec and encode every matrix; returns what the file stores."""
         with self._progress:
+            if self.config.codebook is None:
+                self.plan = make_plan(self.model, self.config, self._sensitivities())
+                self._work = predict_work(self.plan, self.config)
+                self._progress.expect(self._work.compression)
             for number, name in enumerate(self.plan.codecs):
                 self.codecs[name] = self._codec(name, f"codec-{number:04d}")
             if self.config.calibration is None:
@@ -205,23 +211,49 @@ class Compression:
         codecs = [CodecData(c.spec, c.parts) for c in self.codecs.values()]
         return codecs, [self._modules[t.name] for t in self.plan.targets]
 
-    def _encode_calibrated(self) -> None:
-        config = self.config
-        assert config.calibration is not None
-        windows = read_windows(
-            config.calibration,
+    def _sensitivities(self) -> dict[str, float]:
+        """What errors of each matrix harm, from the workspace or measured now."""
+        arrays = self.workspace.load("sensitivities")
+        if arrays is None:
+            if self.config.calibration is not None:
+                windows = self._windows(sensitivity.WINDOWS)
+            else:
+                vocabulary = self.model.get_input_embeddings().weight.shape[0]
+                length = min(sensitivity.RANDOM_LENGTH, window_length(self.model))
+                windows = sensitivity.random_windows(vocabulary, length, self.config.seed)
+            self._progress.step("sensitivities", self._work.sensitivity)
+            with self._calibrator(windows) as calibrator:
+                found = sensitivity.sensitivities(
+                    calibrator, self.weights, self.plan.targets, self.config.seed
+                )
+            give_back()
+            arrays = {name: np.array([value], np.float64) for name, value in found.items()}
+            self.workspace.store("sensitivities", arrays)
+        return {name: float(value[0]) for name, value in arrays.items()}
+
+    def _windows(self, count: int) -> torch.Tensor:
+        """Windows of the calibration text."""
+        assert self.config.calibration is not None
+        return read_windows(
+            self.config.calibration,
             load_tokenizer(self.folder),
-            config.calibration_windows,
+            count,
             window_length(self.model),
         )
-        with Calibrator(
+
+    def _calibrator(self, windows: torch.Tensor) -> Calibrator:
+        return Calibrator(
             self.model,
             windows,
             self._targets,
-            workers=config.workers,
+            workers=self.config.workers,
             weights=self.weights,
             folder=self.workspace.folder,
-        ) as calibrator:
+        )
+
+    def _encode_calibrated(self) -> None:
+        windows = self._windows(self.config.calibration_windows)
+        with self._calibrator(windows) as calibrator:
             work = self._work.calibration / len(calibrator) / 2
             for layer in calibrator.layers():
                 calibrator.progress = self._progress.step(f"inputs of {layer.name}", work)

@@ -66,4 +66,4 @@ def compress_in_memory(
     weights = LoadedWeights(model)
     run = Compression(weights, folder, config, plan, _Memory(), False)  # type: ignore[arg-type]
     codecs, modules = run.encode_all()
-    return codecs, modules, quantization_record(config, plan, model)
+    return codecs, modules, quantization_record(config, run.plan, model)

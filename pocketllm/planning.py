@@ -34,6 +34,10 @@ STEP_FLOPS = 2000
 # moments and the layer again), with what surrounds the products.
 CHOICES = 3
 PASSES = 4
+# Tokens that sensitivities are found from, at most, and what forward and backward passes over them
+# cost in forward passes.
+SENSITIVITY_TOKENS = 2048
+BACKWARD = 5
 # Bytes of a safetensors header entry and of its checksum, besides twice the tensor's name.
 ENTRY_BYTES = 140
 
@@ -122,16 +126,23 @@ class Work:
         codecs: codec name -> training it.
         matrices: target name -> encoding it.
         calibration: all passes over the calibration text.
+        sensitivity: finding out what errors of each matrix harm.
     """
 
     codecs: dict[str, float]
     matrices: dict[str, float]
     calibration: float
+    sensitivity: float
+
+    @property
+    def compression(self) -> float:
+        """All parts but the sensitivity."""
+        return sum(self.codecs.values()) + sum(self.matrices.values()) + self.calibration
 
     @property
     def total(self) -> float:
         """All parts."""
-        return sum(self.codecs.values()) + sum(self.matrices.values()) + self.calibration
+        return self.compression + self.sensitivity
 
 
 def predict_work(plan: Plan, config: PocketConfig) -> Work:
@@ -155,7 +166,9 @@ def predict_work(plan: Plan, config: PocketConfig) -> Work:
         codecs[name] = search * SEARCHES * sample * codec.codebook * codec.subvector
         codecs[name] += sample * STEP_FLOPS * codec.hidden * codec.subvector / flops
     tokens = config.calibration_windows * WINDOW if config.calibration is not None else 0
-    return Work(codecs, matrices, PASSES * 2 * plan.weights * tokens / flops)
+    product = 2 * plan.weights / flops
+    looked_at = 0 if config.codebook is not None else SENSITIVITY_TOKENS
+    return Work(codecs, matrices, PASSES * product * tokens, BACKWARD * product * looked_at)
 
 
 def training_subvectors(codewords: int) -> int:

@@ -46,6 +46,10 @@ class Progress:
         self._one.close()
         self._all.close()
 
+    def expect(self, work: float) -> None:
+        """From now on the steps that follow are this much work."""
+        self._work = max(self._done + self._step_work + work, 1e-9)
+
     def step(self, what: str, work: float) -> Callable[[float], None]:
         """Begin a step; the one before it is over.
 

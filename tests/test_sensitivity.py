@@ -1,0 +1,140 @@
+"""Sensitivities against PyTorch's own gradients and against the whole expectation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import nn
+
+from pocketllm.calibrate import Calibrator
+from pocketllm.layout import Target, walk
+from pocketllm.sensitivity import LEAST, random_windows, sensitivities
+from pocketllm.weights import LoadedWeights
+
+
+def windows_of(count: int, length: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(5).integers(3, 50, (count, length)))
+
+
+def opened(model: nn.Module, windows: torch.Tensor, targets: list[Target]) -> Calibrator:
+    return Calibrator(model, windows, [t.name for t in targets])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "opt", "gemma", "phi"])
+def test_backward_is_autograd_layer_by_layer(architecture: str) -> None:
+    model = tiny_model(architecture).requires_grad_(False)
+    targets, _ = walk(model, embeddings=False)
+    windows = windows_of(3, 7)
+    pulled = torch.randn(3, 7, model.get_output_embeddings().weight.shape[1])
+    with opened(model, windows, targets) as calibrator:
+        states = [calibrator.first_inputs()]
+        for index in range(len(calibrator)):
+            states.append(calibrator.forward(index, states[-1]))
+        gradients = calibrator.backward_head(states[-1], lambda window, x: pulled[window])
+        squares: dict[str, np.ndarray] = {}
+        for index in reversed(range(len(calibrator))):
+            gradients, found = calibrator.backward(index, states[index], gradients)
+            squares |= found
+    assert squares.keys() == {t.name for t in targets}
+
+    seen: list[torch.Tensor] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    first: list[torch.Tensor] = []
+    calibrator._layers[0].register_forward_pre_hook(
+        lambda m, args, kwargs: first.append((args or [kwargs["hidden_states"]])[0]),
+        with_kwargs=True,
+    )
+    model.requires_grad_(True)
+    expected = {t.name: 0.0 for t in targets}
+    for window in range(3):
+        model.zero_grad()
+        model(input_ids=windows[window : window + 1], use_cache=False)
+        first[-1].retain_grad()
+        (seen[-1][0] * pulled[window]).sum().backward()
+        torch.testing.assert_close(gradients[window], first[-1].grad[0], rtol=1e-3, atol=1e-5)
+        for target in targets:
+            gradient = model.get_submodule(target.name).weight.grad.double()
+            gradient = gradient.T if target.kind == "conv1d" else gradient
+            expected[target.name] = expected[target.name] + gradient.square().sum(1).numpy()
+    for name, rows in squares.items():
+        np.testing.assert_allclose(rows, expected[name], rtol=2e-3, atol=1e-9)
+
+
+def whole_expectation(
+    model: nn.Module, windows: torch.Tensor, targets: list[Target]
+) -> dict[str, float]:
+    """½ Σ s_r² E[g²] a token, the expectation taken over every token of the vocabulary."""
+    owners = [t for t in targets if not t.tied_to]
+    spread = {}
+    for target in owners:
+        weight = model.get_submodule(target.name).weight.detach()
+        axis = 0 if target.kind == "conv1d" else 1
+        spread[target.name] = weight.square().mean(axis, keepdim=True)
+    model.requires_grad_(True)
+    found = dict.fromkeys(spread, 0.0)
+    for window in windows:
+        scores = torch.log_softmax(model(input_ids=window[None], use_cache=False).logits[0], -1)
+        for position in scores:
+            for score in position:
+                model.zero_grad()
+                score.backward(retain_graph=True)
+                for name in found:
+                    gradient = model.get_submodule(name).weight.grad
+                    found[name] += float(score.detach().exp() * (gradient.square() * spread[name]).sum())
+    model.requires_grad_(False)
+    return {name: 0.5 * value / windows.numel() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_draws_agree_with_the_whole_expectation(architecture: str) -> None:
+    model = tiny_model(architecture).requires_grad_(False)
+    targets, _ = walk(model, embeddings=False)
+    windows = windows_of(1, 5)
+    weights = LoadedWeights(model)
+    with opened(model, windows, targets) as calibrator:
+        drawn = [sensitivities(calibrator, weights, targets, seed) for seed in range(30)]
+    expected = whole_expectation(model, windows, targets)
+    floor = LEAST * sum(expected.values()) / sum(t.weights for t in targets)
+    for target in targets:
+        mean = np.mean([d[target.name] for d in drawn])
+        assert mean == pytest.approx(max(expected[target.name], floor * target.weights), rel=0.4)
+
+
+def test_embeddings_and_head() -> None:
+    """A tied matrix bears the harm of look-up and head; both are above that of the head alone."""
+    model = tiny_model("llama-tied").requires_grad_(False)
+    targets, _ = walk(model, embeddings=True)
+    windows = windows_of(1, 4)
+    weights = LoadedWeights(model)
+    with opened(model, windows, targets) as calibrator:
+        drawn = [sensitivities(calibrator, weights, targets, seed) for seed in range(30)]
+    assert "lm_head" not in drawn[0]
+    spread = model.get_input_embeddings().weight.square().mean(1, keepdim=True)
+    expected = 0.0
+    for seed in range(30):  # the same expectation, by autograd on the whole model
+        torch.manual_seed(seed)
+        weight = model.get_input_embeddings().weight.requires_grad_(True)
+        weight.grad = None
+        logits = model(input_ids=windows, use_cache=False).logits[0]
+        token = torch.distributions.Categorical(logits=logits.detach()).sample()
+        nn.functional.cross_entropy(logits, token, reduction="sum").backward()
+        expected += float((weight.grad.square() * spread).sum()) / 30
+    expected *= 0.5 / windows.numel()
+    mean = np.mean([d["model.embed_tokens"] for d in drawn])
+    assert mean == pytest.approx(expected, rel=0.4)
+
+
+def test_workers_do_not_matter() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    targets, _ = walk(model, embeddings=True)
+    windows = random_windows(50, 8, 0)
+    assert windows.min() >= 0 and windows.max() < 50
+    found = []
+    for workers in (1, 3):
+        names = [t.name for t in targets]
+        with Calibrator(model, windows, names, workers=workers) as calibrator:
+            found.append(sensitivities(calibrator, LoadedWeights(model), targets, 1))
+    assert found[0] == found[1]
+    assert all(value > 0 for value in found[0].values())
