@@ -156,7 +156,7 @@ def test_dry_run_predicts_and_makes_nothing(
     assert list(tmp_path.iterdir()) == [figures]
     planned = json.loads(figures.read_text())
     made = open_checkpoint(undisturbed)
-    # Shapes are chosen again when the sensitivities are known; rungs of so small a model are coarse.
+    # Shapes are chosen again when the sensitivities are known, and here rungs are coarse.
     assert planned["bits_per_weight"] == pytest.approx(made.bits_per_weight, rel=0.1)
     assert planned["bytes"] == pytest.approx(made.bytes, rel=0.1)
     assert planned["bytes_bf16"] == made.bytes_bf16

@@ -81,8 +81,8 @@ def whole_expectation(
                 model.zero_grad()
                 score.backward(retain_graph=True)
                 for name in found:
-                    gradient = model.get_submodule(name).weight.grad
-                    found[name] += float(score.detach().exp() * (gradient.square() * spread[name]).sum())
+                    squares = model.get_submodule(name).weight.grad.square()
+                    found[name] += float(score.detach().exp() * (squares * spread[name]).sum())
     model.requires_grad_(False)
     return {name: 0.5 * value / windows.numel() for name, value in found.items()}
 
