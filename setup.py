@@ -37,6 +37,7 @@ PER_ISA = [
     "coder.c",
     "feedback.c",
     "infer.c",
+    "infer_int.c",
     "mlp.c",
     "pack.c",
     "search.c",

@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include "coder.h"
+#include "infer.h"
 #include "infer_fused.h"
 #include "infer_gemm.h"
 #include "infer_span.h"
@@ -17,8 +18,7 @@ enum {
     MANY_SPAN = 256,    /* and many tokens: 16 tokens times this is half an L1 cache */
     TOKEN_BLOCK = 384,  /* tokens per pass over the matrix; a multiple of every WIDE */
     DECODER_ROWS = 24,  /* rows of a tile when whole rows must be decoded; as TILE_ROWS */
-    WIDENED_FLOATS = 2048, /* int8 tables up to this size are widened once per call */
-    WORK_PER_THREAD = 32768
+    WIDENED_FLOATS = 2048 /* int8 tables up to this size are widened once per call */
 };
 
 /* One call's view of the matrix. */
@@ -32,9 +32,6 @@ typedef struct {
     ptrdiff_t stride;           /* floats between decoded rows: span * d, rounded up to 16 */
     coder_plan decoder;         /* used when the codec has one */
 } view;
-
-static ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t step) { return (n + step - 1) / step * step; }
-static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
 /* Floats for an int8 table widened once per call; 0 when it is read as it is. */
 static size_t widened_floats(const pllm_codec *c)
@@ -174,27 +171,6 @@ int PLLM_SYM(pllm_decode_rows)(const pllm_matrix *w, ptrdiff_t first_row, const 
 
 /* ---- product, few tokens --------------------------------------------------------------------- */
 
-/* y[t * out + r] for one row and token, from the finished dot product. */
-static float finish_product(const view *v, ptrdiff_t row, float dot, float x_sum, float bias)
-{
-    const float scaled = v->w->scale[row] * v->plan.factor * dot;
-    return (v->w->shift ? scaled + v->w->shift[row] * x_sum : scaled) + bias;
-}
-
-/* x_sum[t] = sum of token t's values. Only needed with a row shift. */
-static void sum_tokens(const view *v, const float *x, ptrdiff_t n, float *x_sum)
-{
-    memset(x_sum, 0, (size_t)n * sizeof(float));
-    if (!v->w->shift)
-        return;
-    for (ptrdiff_t t = 0; t < n; t++) {
-        double sum = 0.0;
-        for (ptrdiff_t k = 0; k < v->w->in_features; k++)
-            sum += (double)x[t * v->w->in_features + k];
-        x_sum[t] = (float)sum;
-    }
-}
-
 /* dot (DOT_ROWS, n) of the rows from `first` on (the last row again behind the end).
  * x: (n, x_stride), zeros behind the columns.  memory: few_floats. */
 static void dot_row_group(const view *v, ptrdiff_t first, const float *x, ptrdiff_t x_stride, int n,
@@ -233,7 +209,7 @@ static int multiply_few(const pllm_matrix *w, const float *x, int n, const float
         memset(memory + t * x_stride + w->in_features, 0,
                (size_t)(x_stride - w->in_features) * sizeof(float));
     }
-    sum_tokens(&v, x, n, x_sum);
+    sum_tokens(w, x, n, x_sum);
 #pragma omp parallel for num_threads(used) schedule(static) if (used > 1)
     for (ptrdiff_t first = 0; first < w->out_features; first += group) {
         float dot[FUSED_TILE]; /* DOT_ROWS * DOT_TOKENS fit */
@@ -246,8 +222,8 @@ static int multiply_few(const pllm_matrix *w, const float *x, int n, const float
                           memory + shared + per_thread * (size_t)omp_get_thread_num());
         for (ptrdiff_t r = first; r < first + rows; r++)
             for (int t = 0; t < n; t++)
-                y[t * w->out_features + r] = finish_product(&v, r, dot[(r - first) * n + t], x_sum[t],
-                                                            bias ? bias[r] : 0.0f);
+                y[t * w->out_features + r] = finish_product(w, r, v.plan.factor, dot[(r - first) * n + t],
+                                                            x_sum[t], bias ? bias[r] : 0.0f);
     }
     free(memory);
     return PLLM_OK;
@@ -290,8 +266,8 @@ static void finish_tile(const view *v, ptrdiff_t first, ptrdiff_t rows, const pa
         for (ptrdiff_t t = 0; t < smaller(width, p->tokens - token); t++)
             for (ptrdiff_t r = 0; r < rows; r++)
                 y[(token + t) * v->w->out_features + first + r] =
-                    finish_product(v, first + r, c[r * width + t], x_sum[token + t],
-                                   bias ? bias[first + r] : 0.0f);
+                    finish_product(v->w, first + r, v->plan.factor, c[r * width + t],
+                                   x_sum[token + t], bias ? bias[first + r] : 0.0f);
         c += tile_rows(v) * width;
     }
 }
@@ -312,7 +288,7 @@ static int multiply_many(const pllm_matrix *w, const float *x, ptrdiff_t n, cons
         return PLLM_ENOMEM;
     float *const x_sum = memory + packed, *const scratch = memory + shared;
     widen_table(&v, x_sum + sums);
-    sum_tokens(&v, x, n, x_sum);
+    sum_tokens(w, x, n, x_sum);
 #pragma omp parallel num_threads(used) if (used > 1)
     {
         float *const tile = scratch + per_thread * (size_t)omp_get_thread_num();
@@ -335,10 +311,12 @@ static int multiply_many(const pllm_matrix *w, const float *x, ptrdiff_t n, cons
 }
 
 int PLLM_SYM(pllm_matmul)(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias,
-                          float *y, int threads)
+                          float *y, enum pllm_activations activations, int threads)
 {
     if (n == 0 || w->out_features == 0)
         return PLLM_OK;
+    if (activations == PLLM_ACTIVATIONS_INT16 && w->codec->table_is_int8 && !w->codec->decoder)
+        return PLLM_SYM(infer_multiply_int16)(w, x, n, bias, y, threads);
     if (n <= DOT_TOKENS)
         return multiply_few(w, x, (int)n, bias, y, threads);
     return multiply_many(w, x, n, bias, y, threads);

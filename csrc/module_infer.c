@@ -187,30 +187,32 @@ done:
     return (PyObject *)out;
 }
 
-/* matmul(x, packed, out_features, codec, scale, shift | None, bias | None, out | None, threads)
- * -> product */
+/* matmul(x, packed, out_features, codec, scale, shift | None, bias | None, out | None,
+ * activations, threads) -> product */
 static PyObject *matmul(PyObject *self, PyObject *args)
 {
     PyObject *x_obj, *packed, *codec, *scale, *shift, *bias_obj, *out_obj;
     PyArrayObject *x = NULL, *bias = NULL, *out = NULL;
     Py_ssize_t out_features;
     matrix_args m = {.codec = {.k = 0}};
-    int threads, status = -1;
+    int activations, threads, status = -1;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OOnOOOOOi:matmul", &x_obj, &packed, &out_features, &codec, &scale,
-                          &shift, &bias_obj, &out_obj, &threads))
+    if (!PyArg_ParseTuple(args, "OOnOOOOOii:matmul", &x_obj, &packed, &out_features, &codec, &scale,
+                          &shift, &bias_obj, &out_obj, &activations, &threads))
         return NULL;
     if (!pllm_take(&x, x_obj, "x", NPY_FLOAT32, 2, (npy_intp[]){-1, -1}, "nc"))
         goto done;
     const npy_intp n = PyArray_DIM(x, 0);
     if (!take_matrix(&m, packed, out_features, PyArray_DIM(x, 1), codec, scale, shift) ||
         !pllm_take_optional(&bias, bias_obj, "bias", NPY_FLOAT32, 1, &m.matrix.out_features, "") ||
+        !pllm_in_range("activations", activations, PLLM_ACTIVATIONS_FLOAT32, PLLM_ACTIVATIONS_INT16) ||
         !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS) ||
         !take_or_new(&out, out_obj, (npy_intp[]){n, out_features}))
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    status = pllm_active()->matmul(&m.matrix, pllm_data(x), n, pllm_data(bias), pllm_data(out), threads);
+    status = pllm_active()->matmul(&m.matrix, pllm_data(x), n, pllm_data(bias), pllm_data(out),
+                                   (enum pllm_activations)activations, threads);
     Py_END_ALLOW_THREADS
     if (!pllm_succeeded(status))
         Py_CLEAR(out);

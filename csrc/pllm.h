@@ -156,11 +156,22 @@ typedef struct {
 typedef int pllm_decode_rows_fn(const pllm_matrix *w, ptrdiff_t first_row, const int64_t *row_index,
                                 ptrdiff_t n, float *rows, int threads);
 
+/* In what form activations meet the table. */
+enum pllm_activations {
+    PLLM_ACTIVATIONS_FLOAT32 = 0,
+    PLLM_ACTIVATIONS_INT16 = 1 /* with int8 tables; with others and with decoders float32 is used */
+};
+
 /* y (n, out_features) = x (n, in_features) W' + bias, without ever holding W.
- * Products are accumulated in float32: the error is below in_features * 2^-24 * (|x| |W|') and
- * usually near its square root. bias: (out_features) or NULL.  Returns PLLM_OK or PLLM_ENOMEM. */
+ * Float32: products are accumulated in float32; the error is below in_features * 2^-24 * (|x| |W|')
+ * and usually near its square root.
+ * Int16: each token is cut into spans of at most 512 columns; a span is rounded to multiples of a
+ * 32767th of its largest magnitude and its products are summed exactly. An activation thereby moves by
+ * at most 2^-15.9 of that magnitude, and one below 2^-100 may count as 0. A token with NaN or Inf in
+ * it gives NaN.
+ * bias: (out_features) or NULL.  Returns PLLM_OK or PLLM_ENOMEM. */
 typedef int pllm_matmul_fn(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias,
-                           float *y, int threads);
+                           float *y, enum pllm_activations activations, int threads);
 
 #define PLLM_INFER_KERNELS(X) X(decode_rows) X(matmul)
 

@@ -11,6 +11,10 @@
  *         vf_rint: nearest integer, ties to even
  * Int32   vi_add vi_sub vi_mul (all wrap) vi_min vi_max vi_and vi_or vi_xor,
  *         vi_sll vi_srl vi_sra(a, count 0..31), vi_srlv(a, counts) each lane its own, 0..31
+ * Int16   vs: 2 VF_WIDTH int16, vs_load (unaligned); vi_dot(c, a, b): its lanes add up to those of c plus
+ *         the dot product of a and b (which lane gets which product is left open; int32, wraps);
+ *         vi_sum4(sums, a, b, c, d): sums[i] = sum over the lanes of the i-th (wraps);
+ *         vi_store_i16: VF_WIDTH integers within int16, narrowed
  * Convert vf_from_i exact up to 2^24; vi_from_f to nearest, ties to even, |value| < 2^31;
  *         vf_bits vi_bits reinterpret
  * Compare vf_lt vf_le vf_eq (false on NaN) vi_lt vi_eq; vm_and vm_or vm_not vm_any;

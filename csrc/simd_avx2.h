@@ -51,6 +51,21 @@ static inline vi vi_sll(vi a, int n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si
 static inline vi vi_srl(vi a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 static inline vi vi_sra(vi a, int n) { return _mm256_sra_epi32(a, _mm_cvtsi32_si128(n)); }
 
+typedef __m256i vs;
+static inline vs vs_load(const int16_t *p) { return _mm256_loadu_si256(VF_PACKED(p)); }
+static inline vi vi_dot(vi c, vs a, vs b) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
+static inline void vi_sum4(int32_t *sums, vi a, vi b, vi c, vi d)
+{
+    const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    _mm_storeu_si128((__m128i *)(void *)sums,
+                     _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+}
+static inline void vi_store_i16(int16_t *p, vi a)
+{
+    const __m128i low = _mm256_castsi256_si128(a), high = _mm256_extracti128_si256(a, 1);
+    _mm_storeu_si128((__m128i *)(void *)p, _mm_packs_epi32(low, high));
+}
+
 static inline vf vf_from_i(vi a) { return _mm256_cvtepi32_ps(a); }
 static inline vi vi_from_f(vf a) { return _mm256_cvtps_epi32(a); }
 static inline vf vf_bits(vi a) { return _mm256_castsi256_ps(a); }

@@ -67,6 +67,25 @@ static inline int vm_any(vm a) { return a != 0; }
 static inline vf vf_select(vm m, vf a, vf b) { return _mm512_mask_blend_ps(m, b, a); }
 static inline vi vi_select(vm m, vi a, vi b) { return _mm512_mask_blend_epi32(m, b, a); }
 
+typedef __m512i vs;
+static inline vs vs_load(const int16_t *p) { return _mm512_loadu_si512(p); }
+static inline vi vi_dot(vi c, vs a, vs b) { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
+static inline __m256i vi_fold(vi a)
+{
+    return _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+}
+static inline void vi_sum4(int32_t *sums, vi a, vi b, vi c, vi d)
+{
+    const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(vi_fold(a), vi_fold(b)),
+                                            _mm256_hadd_epi32(vi_fold(c), vi_fold(d)));
+    _mm_storeu_si128((__m128i *)(void *)sums,
+                     _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+}
+static inline void vi_store_i16(int16_t *p, vi a)
+{
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(a));
+}
+
 #ifdef PLLM_SIMDE
 /* What SIMDe lacks, or does with other rounding or other NaN rules, lane by lane. */
 #define VF_LANES for (int i = 0; i < VF_WIDTH; i++)

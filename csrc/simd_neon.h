@@ -89,6 +89,18 @@ static inline vi vi_sll(vi a, int n) { return vshlq_s32(a, vdupq_n_s32(n)); }
 static inline vi vi_srl(vi a, int n) { return vi_srlv(a, vdupq_n_s32(n)); }
 static inline vi vi_sra(vi a, int n) { return vshlq_s32(a, vdupq_n_s32(-n)); }
 
+typedef int16x8_t vs;
+static inline vs vs_load(const int16_t *p) { return vld1q_s16(p); }
+static inline vi vi_dot(vi c, vs a, vs b)
+{
+    return vmlal_high_s16(vmlal_s16(c, vget_low_s16(a), vget_low_s16(b)), a, b);
+}
+static inline void vi_sum4(int32_t *sums, vi a, vi b, vi c, vi d)
+{
+    vst1q_s32(sums, vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));
+}
+static inline void vi_store_i16(int16_t *p, vi a) { vst1_s16(p, vmovn_s32(a)); }
+
 static inline vf vf_from_i(vi a) { return vcvtq_f32_s32(a); }
 static inline vi vi_from_f(vf a) { return vcvtnq_s32_f32(a); }
 static inline vf vf_bits(vi a) { return vreinterpretq_f32_s32(a); }

@@ -57,6 +57,24 @@ static inline vi vi_sll(vi a, int n) { VF_LANES a.v[i] = VF_WRAP(a.v[i], <<, n);
 static inline vi vi_srl(vi a, int n) { VF_LANES a.v[i] = VF_WRAP(a.v[i], >>, n); return a; }
 static inline vi vi_sra(vi a, int n) { VF_LANES a.v[i] >>= n; return a; }
 
+typedef struct { int16_t v[2 * VF_WIDTH]; } vs;
+static inline vs vs_load(const int16_t *p) { vs r; memcpy(&r, p, sizeof r); return r; }
+static inline vi vi_dot(vi c, vs a, vs b)
+{
+    VF_LANES c.v[i] = VF_WRAP(c.v[i], +, a.v[2 * i] * b.v[2 * i]);
+    VF_LANES c.v[i] = VF_WRAP(c.v[i], +, a.v[2 * i + 1] * b.v[2 * i + 1]);
+    return c;
+}
+static inline void vi_sum4(int32_t *sums, vi a, vi b, vi c, vi d)
+{
+    const vi *const from[4] = {&a, &b, &c, &d};
+    for (int j = 0; j < 4; j++) {
+        sums[j] = 0;
+        VF_LANES sums[j] = VF_WRAP(sums[j], +, from[j]->v[i]);
+    }
+}
+static inline void vi_store_i16(int16_t *p, vi a) { VF_LANES p[i] = (int16_t)a.v[i]; }
+
 VF_OP1(vf_from_i, vf, vi, (float)a.v[i])
 VF_OP1(vi_from_f, vi, vf, (int32_t)lrintf(a.v[i]))
 static inline vf vf_bits(vi a) { vf r; memcpy(&r, &a, sizeof r); return r; }

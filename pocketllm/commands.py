@@ -170,9 +170,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             {"name": t.name, "shape": list(t.shape), "codec": plan.codec_of[t.name]}
             for t in plan.targets
         ],
-        "dense": [
-            {"name": t.name, "weights": t.weights, "reason": t.reason} for t in plan.dense
-        ],
+        "dense": [{"name": t.name, "weights": t.weights, "reason": t.reason} for t in plan.dense],
     }
 
 

@@ -10,6 +10,7 @@ Every function has a plain NumPy twin of the same name in :mod:`pocketllm.refere
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, Literal, NamedTuple, overload
 
@@ -53,12 +54,42 @@ def set_isa(name: str) -> None:
     _kernels.set_isa(name)
 
 
+# In the order of enum pllm_activations.
+_ACTIVATIONS = ("float32", "int16")
+
+
+def activations() -> str:
+    """In what form activations meet int8 tables: ``int16`` or ``float32`` (see :func:`matmul`)."""
+    return _activations
+
+
+def set_activations(name: str) -> None:
+    """Choose ``int16`` (the default, fast) or ``float32`` from now on, in the whole process.
+
+    The environment variable POCKETLLM_ACTIVATIONS does the same at import.
+
+    Raises:
+        ValueError: another name.
+    """
+    global _activations
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activations: got {name!r}, want {' or '.join(_ACTIVATIONS)}")
+    _activations = name
+
+
+_activations = os.environ.get("POCKETLLM_ACTIVATIONS") or "int16"
+if _activations not in _ACTIVATIONS:
+    raise ImportError(
+        f"POCKETLLM_ACTIVATIONS: got {_activations!r}, want {' or '.join(_ACTIVATIONS)}"
+    )
+
+
 def show_config() -> str:
-    """One line on the kernels in use: instruction set, threads, compiler."""
+    """One line on the kernels in use: instruction set, activations, threads, compiler."""
     compiler, lanes = _kernels.build_info()
     return (
         f"kernels: {isa()} ({lanes} float lanes) of {', '.join(available_isas())}; "
-        f"threads: {_threads()}; compiler: {compiler}"
+        f"activations: {activations()}; threads: {_threads()}; compiler: {compiler}"
     )
 
 
@@ -233,11 +264,16 @@ def matmul(
     shift: Floats | None = None,
     bias: Floats | None = None,
     out: Floats | None = None,
+    *,
+    activations: str | None = None,
 ) -> Floats:
     """Activations times a compressed matrix, transposed: ``x @ W.T + bias``.
 
-    W never exists whole: each thread decodes a tile of rows at a time. Sums are accumulated in
-    float32, in an order that depends on the number of tokens alone.
+    W never exists whole: each thread decodes a tile of rows at a time. With ``float32`` sums are
+    accumulated in float32, in an order that depends on the number of tokens alone. With ``int16``
+    and an int8 table each span of up to 512 columns of a token is rounded to multiples of a 32767th
+    of its largest magnitude and multiplied exactly, in integers; other tables and decoders take
+    ``float32`` in any case.
 
     Args:
         x: (n, in_features) activations; n may be 0.
@@ -248,11 +284,15 @@ def matmul(
         shift: (out_features,) added to each row.
         bias: (out_features,) added to each product.
         out: (n, out_features) to write to and return; may not overlap x.
+        activations: ``float32`` or ``int16``; None: :func:`activations`.
 
     Returns:
         float32 (n, out_features).
     """
-    return _kernels.matmul(x, packed, out_features, codec, scale, shift, bias, out, _threads())
+    form = _ACTIVATIONS.index(activations or _activations)
+    return _kernels.matmul(
+        x, packed, out_features, codec, scale, shift, bias, out, form, _threads()
+    )
 
 
 # ---- training ---------------------------------------------------------------------------------
@@ -311,9 +351,7 @@ def mlp(x: Floats, params: Floats, *, hidden: int) -> Floats:
     return _kernels.mlp(x, params, hidden, _threads())
 
 
-def mlp_backward(
-    x: Floats, params: Floats, grad: Floats, *, hidden: int
-) -> tuple[Floats, Floats]:
+def mlp_backward(x: Floats, params: Floats, grad: Floats, *, hidden: int) -> tuple[Floats, Floats]:
     """(grad_x (n, d), grad_params flat) of :func:`mlp`, given ``grad`` (n, d) of its output."""
     return _kernels.mlp_backward(x, params, grad, hidden, _threads())
 
@@ -339,9 +377,7 @@ def encode_backward(
     rows: Floats, params: Floats, grad: Floats, *, subvector: int, hidden: int, norm: str
 ) -> tuple[Floats, Floats]:
     """(grad_rows, grad_params) of :func:`encode`, given ``grad`` (rows, length) of the latents."""
-    return _kernels.encode_backward(
-        rows, params, grad, subvector, hidden, _norm(norm), _threads()
-    )
+    return _kernels.encode_backward(rows, params, grad, subvector, hidden, _norm(norm), _threads())
 
 
 def decode(latents: Floats, params: Floats, *, subvector: int, hidden: int, norm: str) -> Floats:
@@ -428,7 +464,6 @@ def cluster_sums(
         ``sum`` (d, k): of weight * x; ``mass``: of the weights, (k,), or (d, k) for weights (n, d).
     """
     return _kernels.cluster_sums(x, index, k, weight, _threads())
-
 
 
 # ---- encoding with error feedback -------------------------------------------------------------

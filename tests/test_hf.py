@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 import pocketllm._autoload
+from pocketllm import kernels
 from pocketllm.checkpoint import decompress, open_checkpoint
 from pocketllm.config import PocketConfig
 from pocketllm.errors import CheckpointError, PocketError
@@ -31,10 +33,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    """Register, and keep transformers' progress bars out of the output."""
+def quiet() -> Iterator[None]:
+    """Register, without transformers' progress bars, and products without rounded activations."""
     pocketllm._autoload.install()
     transformers_logging.disable_progress_bar()
+    before = kernels.activations()
+    kernels.set_activations("float32")
+    yield
+    kernels.set_activations(before)
 
 
 def load(folder: Path, cls: Any = AutoModelForCausalLM, **options: Any) -> nn.Module:

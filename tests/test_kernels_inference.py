@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,11 +82,12 @@ class Matrix:
             self.packed, self.in_features, 0, self.out_features, self.codec, self.scale, self.shift
         )
 
-    def product(self, x: Any) -> Any:
+    def product(self, x: Any, activations: str = "float32") -> Any:
         """kernels.matmul with x."""
         return kernels.matmul(
-            x, self.packed, self.out_features, self.codec, self.scale, self.shift, self.bias
-        )
+            x, self.packed, self.out_features, self.codec, self.scale, self.shift, self.bias,
+            activations=activations,
+        )  # fmt: skip
 
 
 @pytest.fixture(params=kernels.available_isas())
@@ -136,6 +138,55 @@ def test_decode_row_list(isa: str) -> None:
         np.testing.assert_allclose(got, twin, rtol=2e-6, atol=5e-6)
 
 
+def test_activations_are_chosen_by_name() -> None:
+    matrix = Matrix((30, 50), (4, 100, 7, True, None))
+    x = matrix.tokens(2)
+    exact, fast = (matrix.product(x, form) for form in ("float32", "int16"))
+    assert not np.array_equal(exact, fast)
+    arguments = (x, matrix.packed, 30, matrix.codec, matrix.scale, None, matrix.bias)
+    before = kernels.activations()
+    try:
+        for form, want in (("float32", exact), ("int16", fast)):
+            kernels.set_activations(form)
+            assert kernels.activations() == form
+            assert f"activations: {form};" in kernels.show_config()
+            np.testing.assert_array_equal(kernels.matmul(*arguments), want)
+        with pytest.raises(ValueError, match="activations: got 'int8', want float32 or int16"):
+            kernels.set_activations("int8")
+    finally:
+        kernels.set_activations(before)
+
+
+@pytest.mark.parametrize("codec", [c for c in CODECS if c[3]], ids=str)
+def test_int16_moves_an_activation_by_a_65534th_of_its_peak(isa: str, codec: Any) -> None:
+    for shape in [*SHAPES, (40, 2000)]:
+        matrix = Matrix(shape, codec, shift=shape[0] % 2 == 1)
+        weight = matrix.twin()
+        shift = 0.0 if matrix.shift is None else np.abs(matrix.shift)[:, None]
+        for n in (1, 2, 3, 16, 33, 300):
+            x = matrix.tokens(n) * np.logspace(0, 3, shape[1], dtype=np.float32)
+            size = (np.abs(weight) + 2 * shift).T
+            step = np.abs(x).max(1, keepdims=True) / 65500
+            bound = TOLERANCE * np.abs(x) @ size + step @ np.ones((1, shape[1])) @ size
+            error = np.abs(matrix.product(x, "int16") - (x @ weight.T + matrix.bias))
+            assert np.all(error <= bound + TOLERANCE * np.abs(matrix.bias)), (shape, n)
+
+
+def test_int16_rounds_spans_of_columns_on_their_own() -> None:
+    matrix = Matrix((20, 2048), (4, 256, 8, True, None))
+    x = matrix.tokens(1)
+    x[:, 1024:] *= 1e6
+    matrix.bias[:] = 0
+    index = reference.unpack(matrix.packed.reshape(20, -1), 512, 8)
+    matrix.codec.table[0] = 0  # the columns behind 1024 now count nothing
+    matrix.packed = reference.pack(
+        np.where(np.arange(512) < 256, np.maximum(index, 1), 0).astype(np.int32), 8
+    ).reshape(-1)
+    weight = matrix.twin()
+    want = x.astype(np.float64) @ weight.T
+    np.testing.assert_allclose(matrix.product(x, "int16"), want, rtol=0, atol=1e-4 * want.std())
+
+
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_matmul_agrees_with_twin(isa: str, codec: Any) -> None:
     for shape in SHAPES:
@@ -173,16 +224,16 @@ def test_same_bits_for_every_thread_count_and_instruction_set() -> None:
     before, threads = kernels.isa(), torch.get_num_threads()
     for codec in CODECS[1::3]:
         matrix = Matrix((301, 260), codec)
-        for n in (1, 3, 40):
+        for n, form in itertools.product((1, 3, 40), ("float32", "int16")):
             results = set()
             for name in kernels.available_isas():
                 kernels.set_isa(name)
                 for count in (1, 2, 3):
                     torch.set_num_threads(count)
-                    results.add(matrix.product(matrix.tokens(n)).tobytes())
+                    results.add(matrix.product(matrix.tokens(n), form).tobytes())
             kernels.set_isa(before)
             torch.set_num_threads(threads)
-            assert len(results) == 1, (codec, n)
+            assert len(results) == 1, (codec, n, form)
 
 
 def test_same_result_for_strided_and_read_only_input() -> None:
@@ -202,7 +253,7 @@ def test_out_is_written_and_returned() -> None:
     x, out = matrix.tokens(6), np.zeros((6, 30), np.float32)
     got = kernels.matmul(x, matrix.packed, 30, matrix.codec, matrix.scale, None, matrix.bias, out)
     assert got is out
-    np.testing.assert_array_equal(out, matrix.product(x))
+    np.testing.assert_array_equal(out, matrix.product(x, kernels.activations()))
     rows = np.zeros((4, 50), np.float32)
     assert (
         kernels.decode_rows(matrix.packed, 50, 3, 4, matrix.codec, matrix.scale, None, rows) is rows
@@ -217,12 +268,13 @@ def test_indices_behind_the_table_read_as_its_last_row(isa: str) -> None:
     np.testing.assert_array_equal(matrix.rows(0, 4), want)
 
 
-def test_nan_in_one_token_stays_there(isa: str) -> None:
+@pytest.mark.parametrize("activations", ["float32", "int16"])
+def test_nan_in_one_token_stays_there(isa: str, activations: str) -> None:
     matrix = Matrix((30, 50), (4, 100, 7, True, None))
     for n in (2, 7):
         x = matrix.tokens(n)
         x[1, 3] = np.nan
-        got = matrix.product(x)
+        got = matrix.product(x, activations)
         assert np.isnan(got[1]).all()
         assert np.isfinite(np.delete(got, 1, axis=0)).all()
 

@@ -15,7 +15,7 @@ from compressed import random_codec, random_module
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pocketllm import ops
+from pocketllm import kernels, ops
 from pocketllm.linear import (
     CodecBank,
     PocketEmbedding,
@@ -75,9 +75,12 @@ def make(
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """The same random numbers for every test."""
+    """The same random numbers for every test, and products without rounded activations."""
     torch.manual_seed(0)
+    before = kernels.activations()
+    kernels.set_activations("float32")
     yield
+    kernels.set_activations(before)
 
 
 # ---- values -----------------------------------------------------------------------------------
@@ -93,6 +96,19 @@ def test_forward(storage: str, shape: tuple[int, int], shift: bool) -> None:
         with torch.no_grad():
             result = linear(x)
         torch.testing.assert_close(result, functional.linear(x, dense, linear.bias), **CLOSE)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_forward_with_activations_as_int16(shift: bool) -> None:
+    linear, dense = make((130, 67), shift=shift)
+    kernels.set_activations("int16")
+    x = torch.randn(5, 67)
+    want = functional.linear(x, dense, linear.bias)
+    step = x.abs().amax(1, keepdim=True) / 65500
+    for dtype, rounding in ((torch.float32, 0.0), (torch.bfloat16, 2.0**-7)):
+        result = linear.to(dtype)(x.to(dtype)).float()
+        bound = step * dense.abs().sum(1) + rounding * (want.abs() + x.abs() @ dense.abs().T)
+        assert torch.all((result - want).abs() <= bound + 1e-4)
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -1,6 +1,6 @@
 """Check that an installed pocketllm is whole: run by ``make wheel-test`` away from the source tree.
 
-    python check_install.py SITE_FOLDER
+python check_install.py SITE_FOLDER
 """
 
 from __future__ import annotations

@@ -134,6 +134,31 @@ static void check_loads(void)
     free(table);
 }
 
+/* Dot products of int16, wrapping, and their sums over lanes; stores as int16. */
+static void check_shorts(void)
+{
+    int16_t *x = new_bytes(4 * W), *y = new_bytes(4 * W), *narrow = new_bytes(2 * W);
+    int32_t start[W], small[W], sums[4];
+    uint32_t wanted = 0, plain = 0;
+    for (int i = 0; i < 2 * W; i++) {
+        x[i] = (int16_t)random_bits(), y[i] = (int16_t)random_bits();
+        wanted += (uint32_t)(x[i] * y[i]);
+    }
+    EACH_LANE {
+        start[i] = (int32_t)random_bits(), small[i] = x[i];
+        plain += (uint32_t)start[i];
+    }
+    const vi a = vi_load(start);
+    vi_sum4(sums, a, vi_dot(a, vs_load(x), vs_load(y)), vi_set1(0), vi_set1(-1));
+    CHECK((uint32_t)sums[0] == plain && (uint32_t)sums[1] == plain + wanted && sums[2] == 0 &&
+              sums[3] == -W, "vi_dot, vi_sum4: %d %d %d %d", sums[0], sums[1], sums[2], sums[3]);
+    vi_store_i16(narrow, vi_load(small));
+    EACH_LANE CHECK(narrow[i] == x[i], "vi_store_i16, lane %d", i);
+    free(x);
+    free(y);
+    free(narrow);
+}
+
 /* Sixteen lanes, summed as simd.h says: 8 apart, then 4, 2, 1. */
 static void check_vf16(void)
 {
@@ -164,6 +189,7 @@ void PLLM_SYM(check_simd)(void)
         check_floats(round);
         check_ints(round);
         check_loads();
+        check_shorts();
         check_vf16();
     }
 }

@@ -1,0 +1,269 @@
+/* infer_int.c - activations times a compressed matrix with an int8 table, in integers. Compiled once per
+ * instruction set.
+ *
+ * A row is worked off in spans of at most 512 columns. The activations of a span become int16 with one
+ * scale: the largest magnitude is 32767. Table values have eight bits, so that the dot product of a span
+ * is exact in int32 (512 * 128 * 32767 < 2^31), in whatever order it is summed; the spans are added up in
+ * float32, in their order. So no result depends on instruction set, thread count or tiling.
+ * With int16, a multiplication of sixteen pairs is one instruction on AVX2, as it would be with int8,
+ * whose activations would be 256 times coarser. */
+#include <omp.h>
+
+#include "infer.h"
+#include "infer_rows.h"
+
+enum {
+    SPAN_VALUES = 512,   /* the most columns of a span */
+    SPAN_STEP = 32,      /* spans are padded to whole vectors of every instruction set */
+    TILE_ROWS = 64,      /* rows decoded at a time: 64 KiB, half of a small second-level cache */
+    TILE_ROWS_FEW = 16,  /* when there are few tokens: half of a first-level cache */
+    FEW_TOKENS = 16,
+    TOKEN_GROUP = 16,    /* tokens that meet all rows of a tile while their span stays in cache */
+    TOKEN_BLOCK = 256,   /* tokens per pass over the matrix */
+    DOT_ROWS = 4,        /* sums in registers: rows */
+    DOT_TOKENS = 2,      /* times tokens */
+    VS_WIDTH = 2 * VF_WIDTH
+};
+
+/* One call's view of the matrix and the quantised tokens. */
+typedef struct {
+    const pllm_matrix *w;
+    row_table table;
+    row_functions functions;
+    ptrdiff_t count;            /* indices of a row, those of the joined table */
+    ptrdiff_t row_stride_bytes; /* of the payload */
+    ptrdiff_t tail;             /* the first of the rows that end too near the payload's end */
+    uint8_t *tail_rows;         /* those rows once more, with OCTET_BYTES behind them */
+    ptrdiff_t span;             /* indices of a span, a multiple of 8 */
+    ptrdiff_t width;            /* values of a span, padded */
+    ptrdiff_t spans;            /* of a row */
+    int16_t *x;                 /* (tokens, spans, width), zeros behind the columns */
+    float *x_scale;             /* (tokens, spans) */
+    float *x_sum;               /* (tokens) */
+} view;
+
+static view view_of(const pllm_matrix *w)
+{
+    const pllm_codec *c = w->codec;
+    const ptrdiff_t count = (w->in_features + c->d - 1) / c->d;
+    view v = {.w = w, .table = plan_rows(c, w->out_features * count)};
+    v.functions = functions_for(&v.table);
+    v.count = ((count - 1) >> v.table.pairing) + 1;
+    v.row_stride_bytes = pllm_row_stride_bytes(count, c->index_bits);
+    v.tail = w->out_features - smaller(w->out_features, OCTET_BYTES / v.row_stride_bytes + 1);
+    v.span = smaller(SPAN_VALUES / v.table.d / OCTET * OCTET, round_up(v.count, OCTET));
+    v.width = round_up(v.span * v.table.d, SPAN_STEP);
+    v.spans = (v.count + v.span - 1) / v.span;
+    return v;
+}
+
+/* ---- activations ----------------------------------------------------------------------------- */
+
+/* q (width) = x (n) / scale, rounded, then zeros. Returns the scale: NaN, with zeros, when x holds NaN or
+ * Inf, and 0 when nothing in it reaches 2^-100. */
+static float quantise(const float *x, ptrdiff_t n, ptrdiff_t width, int16_t *q)
+{
+    float padded[SPAN_VALUES + SPAN_STEP] = {0};
+    float lane[VF_WIDTH], largest = 0.0f, invalid = 0.0f;
+    vf peak = vf_zero(), zeros = vf_zero();
+    memcpy(padded, x, (size_t)n * sizeof *x);
+    for (ptrdiff_t i = 0; i < width; i += VF_WIDTH) {
+        const vf here = vf_load(padded + i);
+        peak = vf_max(peak, vf_abs(here));
+        zeros = vf_fma(here, vf_zero(), zeros);
+    }
+    vf_store(lane, zeros);
+    for (int i = 0; i < VF_WIDTH; i++)
+        invalid += lane[i];
+    vf_store(lane, peak);
+    for (int i = 0; i < VF_WIDTH; i++)
+        largest = lane[i] > largest ? lane[i] : largest;
+    memset(q, 0, (size_t)width * sizeof *q);
+    if (!(invalid == 0.0f))
+        return invalid;
+    if (largest < 0x1p-100f)
+        return 0.0f;
+    const vf inverse = vf_set1(32767.0f / largest);
+    for (ptrdiff_t i = 0; i < width; i += VF_WIDTH)
+        vi_store_i16(q + i, vi_from_f(vf_mul(vf_load(padded + i), inverse)));
+    return largest / 32767.0f;
+}
+
+static void quantise_token(const view *v, const float *x, ptrdiff_t token)
+{
+    const ptrdiff_t values = v->span * v->table.d, columns = v->w->in_features;
+    for (ptrdiff_t s = 0; s < v->spans; s++) {
+        const ptrdiff_t at = token * v->spans + s;
+        v->x_scale[at] = quantise(x + token * columns + s * values, smaller(values, columns - s * values),
+                                  v->width, v->x + at * v->width);
+    }
+}
+
+/* The indices of a row. */
+static const uint8_t *row_source(const view *v, ptrdiff_t row)
+{
+    return row < v->tail ? v->w->packed + row * v->row_stride_bytes
+                         : v->tail_rows + (row - v->tail) * v->row_stride_bytes;
+}
+
+/* Octets of span s. */
+static ptrdiff_t octets_of(const view *v, ptrdiff_t s)
+{
+    return (smaller(v->span, v->count - s * v->span) + OCTET - 1) / OCTET;
+}
+
+/* ---- one token ------------------------------------------------------------------------------- */
+
+#ifdef PLLM_DOT_FETCHED
+static void multiply_one(const view *v, const float *bias, float *y, int threads)
+{
+    const pllm_matrix *w = v->w;
+    const token_spans token = {v->x, v->x_scale, v->width, v->spans, octets_of(v, 0),
+                               octets_of(v, v->spans - 1)};
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (ptrdiff_t r = 0; r < w->out_features; r++) {
+        const float dot = v->functions.dot(&v->table, row_source(v, r), &token);
+        y[r] = finish_product(w, r, w->codec->table_scale, dot, v->x_sum[0], bias ? bias[r] : 0.0f);
+    }
+}
+#endif
+
+/* ---- several tokens -------------------------------------------------------------------------- */
+
+/* sums (tokens, DOT_ROWS) = w (DOT_ROWS, width) x (tokens, width)'. tokens: 1 or 2, a constant. */
+PLLM_INLINE void dot_tile(const int16_t *w, ptrdiff_t width, const int16_t *x, ptrdiff_t x_stride,
+                          int tokens, int32_t *sums)
+{
+    vi s[DOT_TOKENS][DOT_ROWS];
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < DOT_ROWS; r++)
+            s[t][r] = vi_set1(0);
+    for (ptrdiff_t i = 0; i < width; i += VS_WIDTH) {
+        vs xs[DOT_TOKENS];
+        for (int t = 0; t < tokens; t++)
+            xs[t] = vs_load(x + t * x_stride + i);
+        PLLM_UNROLL
+        for (int r = 0; r < DOT_ROWS; r++) {
+            const vs ws = vs_load(w + r * width + i);
+            for (int t = 0; t < tokens; t++)
+                s[t][r] = vi_dot(s[t][r], ws, xs[t]);
+        }
+    }
+    for (int t = 0; t < tokens; t++)
+        vi_sum4(sums + t * DOT_ROWS, s[t][0], s[t][1], s[t][2], s[t][3]);
+}
+
+/* dot (tokens, rows) += scale of each token's span * (w (rows, width) . its span).
+ * rows: a multiple of DOT_ROWS.  dot_stride: of a token's row of dot. */
+static void multiply_span(const view *v, const int16_t *w, ptrdiff_t rows, ptrdiff_t s,
+                          ptrdiff_t token, ptrdiff_t tokens, float *dot, ptrdiff_t dot_stride)
+{
+    const ptrdiff_t x_stride = v->spans * v->width;
+    for (ptrdiff_t r = 0; r < rows; r += DOT_ROWS)
+        for (ptrdiff_t t = 0; t < tokens; t += DOT_TOKENS) {
+            const int16_t *x = v->x + ((token + t) * v->spans + s) * v->width;
+            int32_t sums[DOT_TOKENS * DOT_ROWS];
+            const int here = t + 1 < tokens ? 2 : 1;
+            if (here == 2)
+                dot_tile(w + r * v->width, v->width, x, x_stride, 2, sums);
+            else
+                dot_tile(w + r * v->width, v->width, x, x_stride, 1, sums);
+            for (int i = 0; i < here; i++) {
+                const float scale = v->x_scale[(token + t + i) * v->spans + s];
+                float *const target = dot + (t + i) * dot_stride + r;
+                for (int j = 0; j < DOT_ROWS; j++)
+                    target[j] = fmaf(scale, (float)sums[i * DOT_ROWS + j], target[j]);
+            }
+        }
+}
+
+/* y of `rows` rows from `first` on and tokens from `token` on.
+ * tile: (rows rounded up to DOT_ROWS, width) int16, and TARGET_SLACK more.  dot: (tokens, that many) f32. */
+static void multiply_tile(const view *v, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t token,
+                          ptrdiff_t tokens, const float *bias, int16_t *tile, float *dot, float *y)
+{
+    const pllm_matrix *w = v->w;
+    const ptrdiff_t height = round_up(rows, DOT_ROWS), bytes = v->span / OCTET * v->table.bits;
+    memset(dot, 0, (size_t)(tokens * height) * sizeof *dot);
+    for (ptrdiff_t s = 0; s < v->spans; s++) {
+        for (ptrdiff_t r = 0; r < height; r++)
+            v->functions.decode(&v->table,
+                                row_source(v, smaller(first + r, w->out_features - 1)) + s * bytes,
+                                octets_of(v, s), tile + r * v->width);
+        for (ptrdiff_t t = 0; t < tokens; t += TOKEN_GROUP)
+            multiply_span(v, tile, height, s, token + t, smaller(TOKEN_GROUP, tokens - t),
+                          dot + t * height, height);
+    }
+    for (ptrdiff_t t = 0; t < tokens; t++)
+        for (ptrdiff_t r = 0; r < rows; r++)
+            y[(token + t) * w->out_features + first + r] =
+                finish_product(w, first + r, w->codec->table_scale, dot[t * height + r],
+                               v->x_sum[token + t], bias ? bias[first + r] : 0.0f);
+}
+
+static int multiply_several(const view *v, ptrdiff_t n, const float *bias, float *y, int threads)
+{
+    const ptrdiff_t out = v->w->out_features, block = smaller(n, TOKEN_BLOCK);
+    const ptrdiff_t height = n < FEW_TOKENS ? TILE_ROWS_FEW : TILE_ROWS;
+    const size_t tile_bytes = (size_t)(height * v->width + SPAN_STEP) * sizeof(int16_t);
+    const size_t dot_bytes = (size_t)round_up(height * block * (ptrdiff_t)sizeof(float), 64);
+    char *const memory = pllm_alloc((tile_bytes + dot_bytes) * (size_t)threads);
+    if (!memory)
+        return PLLM_ENOMEM;
+    memset(memory, 0, (tile_bytes + dot_bytes) * (size_t)threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (ptrdiff_t first = 0; first < out; first += height) {
+        char *const mine = memory + (tile_bytes + dot_bytes) * (size_t)omp_get_thread_num();
+        for (ptrdiff_t token = 0; token < n; token += block)
+            multiply_tile(v, first, smaller(height, out - first), token, smaller(block, n - token), bias,
+                          (int16_t *)(void *)mine, (float *)(void *)(mine + tile_bytes), y);
+    }
+    free(memory);
+    return PLLM_OK;
+}
+
+/* ---- the whole ------------------------------------------------------------------------------- */
+
+/* Places the call's arrays in memory, or only counts its bytes when that is NULL. */
+static size_t place(view *v, ptrdiff_t n, char *memory)
+{
+    const size_t table = (size_t)round_up((ptrdiff_t)row_table_bytes(&v->table, v->w->codec), 64);
+    const size_t x = (size_t)(n * v->spans * v->width) * sizeof(int16_t);
+    const size_t scales = (size_t)(n * v->spans) * sizeof(float), sums = (size_t)n * sizeof(float);
+    const size_t tail = (size_t)((v->w->out_features - v->tail) * v->row_stride_bytes);
+    if (memory) {
+        make_rows(&v->table, v->w->codec, memory);
+        v->x = (int16_t *)(void *)(memory + table);
+        v->x_scale = (float *)(void *)(memory + table + x);
+        v->x_sum = v->x_scale + n * v->spans;
+        v->tail_rows = (uint8_t *)(v->x_sum + n);
+        memcpy(v->tail_rows, v->w->packed + v->tail * v->row_stride_bytes, tail);
+        memset(v->tail_rows + tail, 0, OCTET_BYTES);
+    }
+    return table + x + scales + sums + tail + OCTET_BYTES;
+}
+
+int PLLM_SYM(infer_multiply_int16)(const pllm_matrix *w, const float *x, ptrdiff_t n,
+                                   const float *bias, float *y, int threads)
+{
+    view v = view_of(w);
+    const ptrdiff_t work = w->out_features * v.count * (1 + v.table.d * n / 32);
+    const int used = (int)smaller(threads, 1 + work / WORK_PER_THREAD);
+    char *const memory = pllm_alloc(place(&v, n, NULL));
+    int status = PLLM_OK;
+    if (!memory)
+        return PLLM_ENOMEM;
+    place(&v, n, memory);
+    sum_tokens(w, x, n, v.x_sum);
+#pragma omp parallel for num_threads(used) schedule(static) if (used > 1 && n > 1)
+    for (ptrdiff_t t = 0; t < n; t++)
+        quantise_token(&v, x, t);
+#ifdef PLLM_DOT_FETCHED
+    if (n == 1 && v.functions.dot)
+        multiply_one(&v, bias, y, used);
+    else
+#endif
+        status = multiply_several(&v, n, bias, y, used);
+    free(memory);
+    return status;
+}

@@ -1,0 +1,293 @@
+/* infer_rows_x86.h - fetching table rows on AVX2 and AVX-512, for rows of 2, 4, 8 and 16 values: d and
+ * the bits of an index are compile-time constants, sixteen values at a time stay in registers. The cost is the
+ * number of instructions per index: about 1.5 to cut it out, 1 to 2 to fetch its row, 1 to multiply.
+ * Included by infer_rows.h only. */
+#ifndef PLLM_INFER_ROWS_X86_H
+#define PLLM_INFER_ROWS_X86_H
+
+/* four_indices for constant bits: fewer instructions where indices are whole bytes. */
+PLLM_INLINE void cut_four(const uint8_t *source, int bits, int half, uint32_t *index)
+{
+    uint32_t a, b;
+    if (bits == 8) {
+        memcpy(&a, source + 4 * half, sizeof a);
+        index[0] = a & 255;
+        index[1] = a >> 8 & 255;
+        a >>= 16;
+        PLLM_OPAQUE(a);
+        index[2] = a & 255;
+        index[3] = a >> 8;
+    } else if (bits == 12) { /* an index is in two bytes, and either their top or their bottom */
+        uint16_t word[4];
+        for (int j = 0; j < 4; j++)
+            memcpy(word + j, source + 6 * half + j / 2 * 3 + j % 2, sizeof *word);
+        for (int j = 0; j < 4; j++)
+            index[j] = j % 2 ? word[j] >> 4 : word[j] & 4095;
+    } else if (bits == 16) {
+        memcpy(&a, source + 8 * half, sizeof a);
+        memcpy(&b, source + 8 * half + 4, sizeof b);
+        index[0] = a & 65535;
+        index[1] = a >> 16;
+        index[2] = b & 65535;
+        index[3] = b >> 16;
+    } else {
+        four_indices(source, bits, half, index);
+    }
+}
+
+PLLM_INLINE __m128i load_16(const char *p) { return _mm_loadu_si128((const __m128i *)(const void *)p); }
+
+PLLM_INLINE __m128i load_4(const char *p)
+{
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return _mm_cvtsi32_si128(four);
+}
+
+/* Rows side by side. Those of 2 and 4 bytes are joined by unpacking with 16 bytes from memory, of which
+ * the first count: one instruction, where an insertion takes two. */
+PLLM_INLINE __m128i eight_rows_of_2(const char *t, const uint32_t *k)
+{
+    const __m128i a = _mm_unpacklo_epi16(load_4(t + 2 * (size_t)k[0]), load_16(t + 2 * (size_t)k[1]));
+    const __m128i b = _mm_unpacklo_epi16(load_4(t + 2 * (size_t)k[2]), load_16(t + 2 * (size_t)k[3]));
+    const __m128i c = _mm_unpacklo_epi16(load_4(t + 2 * (size_t)k[4]), load_16(t + 2 * (size_t)k[5]));
+    const __m128i d = _mm_unpacklo_epi16(load_4(t + 2 * (size_t)k[6]), load_16(t + 2 * (size_t)k[7]));
+    return _mm_unpacklo_epi64(_mm_unpacklo_epi32(a, b), _mm_unpacklo_epi32(c, d));
+}
+
+PLLM_INLINE __m128i four_rows_of_4(const char *t, const uint32_t *k)
+{
+    const __m128i a = _mm_unpacklo_epi32(load_4(t + 4 * (size_t)k[0]), load_16(t + 4 * (size_t)k[1]));
+    const __m128i b = _mm_unpacklo_epi32(load_4(t + 4 * (size_t)k[2]), load_16(t + 4 * (size_t)k[3]));
+    return _mm_unpacklo_epi64(a, b);
+}
+
+PLLM_INLINE __m128i two_rows_of_8(const char *t, const uint32_t *k)
+{
+    const double *const first = (const double *)(const void *)(t + 8 * (size_t)k[0]);
+    const double *const second = (const double *)(const void *)(t + 8 * (size_t)k[1]);
+    return _mm_castpd_si128(_mm_loadh_pd(_mm_load_sd(first), second));
+}
+
+PLLM_INLINE __m128i row_of_16(const char *t, const uint32_t *k) { return load_16(t + 16 * (size_t)*k); }
+
+PLLM_INLINE __m256i join(__m128i low, __m128i high)
+{
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+/* Sixteen values: 16 / d rows. */
+PLLM_INLINE __m256i sixteen_values(const char *t, const uint32_t *k, int d, int wide)
+{
+    if (wide)
+        return d == 2   ? join(four_rows_of_4(t, k), four_rows_of_4(t, k + 4))
+               : d == 4 ? join(two_rows_of_8(t, k), two_rows_of_8(t, k + 2))
+               : d == 8 ? join(row_of_16(t, k), row_of_16(t, k + 1))
+                        : _mm256_loadu_si256((const __m256i *)(const void *)(t + 32 * (size_t)*k));
+    return _mm256_cvtepi8_epi16(d == 2   ? eight_rows_of_2(t, k)
+                                : d == 4 ? four_rows_of_4(t, k)
+                                : d == 8 ? two_rows_of_8(t, k)
+                                         : row_of_16(t, k));
+}
+
+PLLM_INLINE void decode_fetched(const row_table *table, const uint8_t *source, ptrdiff_t octets,
+                                int d, int bits, int16_t *target)
+{
+    const char *const t = table->rows;
+    const int wide = d << bits <= WIDE_VALUES;
+    for (ptrdiff_t i = 0; i < octets; i++, source += bits, target += OCTET * d) {
+        uint32_t k[OCTET];
+        cut_four(source, bits, 0, k);
+        cut_four(source, bits, 1, k + 4);
+        PLLM_UNROLL
+        for (int v = 0; v < d / 2; v++)
+            _mm256_storeu_si256((__m256i *)(void *)(target + 16 * v),
+                                sixteen_values(t, k + 16 / d * v, d, wide));
+    }
+}
+
+PLLM_INLINE int32_t sum_of_lanes(__m256i a)
+{
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    sum = _mm_hadd_epi32(sum, sum);
+    return _mm_cvtsi128_si32(_mm_hadd_epi32(sum, sum));
+}
+
+/* A token's spans: see view in infer_int.c. */
+typedef struct {
+    const int16_t *x;
+    const float *scale;
+    ptrdiff_t width, spans, octets, last_octets; /* octets of a span, and of the last one */
+} token_spans;
+
+/* The dot product of a row of the matrix with a token; d / 2 vectors an octet, in two sums. */
+PLLM_INLINE float dot_fetched(const row_table *table, const uint8_t *source, const token_spans *token,
+                              int d, int bits)
+{
+    const char *const t = table->rows;
+    const int wide = d << bits <= WIDE_VALUES;
+    float sum = 0.0f;
+    for (ptrdiff_t s = 0; s < token->spans; s++) {
+        const int16_t *x = token->x + s * token->width;
+        const ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
+        __m256i even = _mm256_setzero_si256(), odd = even;
+        for (const uint8_t *const end = source + octets * bits; source < end; source += bits, x += OCTET * d) {
+            uint32_t k[OCTET];
+            cut_four(source, bits, 0, k);
+            cut_four(source, bits, 1, k + 4);
+            PLLM_UNROLL
+            for (int v = 0; v < d / 2; v++) {
+                const __m256i xs = _mm256_loadu_si256((const __m256i *)(const void *)(x + 16 * v));
+                const __m256i product = _mm256_madd_epi16(sixteen_values(t, k + 16 / d * v, d, wide), xs);
+                if (v % 2)
+                    odd = _mm256_add_epi32(odd, product);
+                else
+                    even = _mm256_add_epi32(even, product);
+            }
+        }
+        sum = fmaf(token->scale[s], (float)sum_of_lanes(_mm256_add_epi32(even, odd)), sum);
+    }
+    return sum;
+}
+
+/* ---- single values: look-ups in registers ---------------------------------------------------- */
+
+/* 32 indices of 7 or 8 bits as bytes. */
+PLLM_INLINE __m256i indices_as_bytes(const uint8_t *source, int bits)
+{
+    if (bits == 8)
+        return _mm256_loadu_si256((const __m256i *)(const void *)source);
+    /* A lane of 16 bits takes the two bytes an index is in, and multiplies it up to its top. */
+    const __m256i pick = _mm256_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 7, 8, 8, 9,
+                                          9, 10, 10, 11, 11, 12, 12, 13, 13, 14);
+    const __m256i raise = _mm256_setr_epi16(512, 4, 8, 16, 32, 64, 128, 256, 512, 4, 8, 16, 32, 64, 128, 256);
+    __m256i half[2];
+    for (int h = 0; h < 2; h++) {
+        const __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)(source + 14 * h));
+        const __m256i words = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), pick);
+        half[h] = _mm256_srli_epi16(_mm256_mullo_epi16(words, raise), 9);
+    }
+    return _mm256_permute4x64_epi64(_mm256_packus_epi16(half[0], half[1]), 0xd8);
+}
+
+/* The values of 32 indices, as bytes. A look-up in sixteen bytes gives 0 where bit 7 of its index is
+ * set: where, by subtraction, the index is below the first row of the sixteen. That leaves the sixteens
+ * up to the index's own, and their exclusive or is its value (make_planes). */
+PLLM_INLINE __m256i look_up(const int8_t *planes, __m256i index, int bits)
+{
+    __m256i key = bits == 8 ? _mm256_and_si256(index, _mm256_set1_epi8(127)) : index;
+    __m256i low = _mm256_setzero_si256(), high = low;
+    PLLM_UNROLL
+    for (int part = 0; part < 8; part++) {
+        const __m256i *const at = (const __m256i *)(const void *)(planes + part * 32);
+        low = _mm256_xor_si256(low, _mm256_shuffle_epi8(_mm256_load_si256(at), key));
+        if (bits == 8)
+            high = _mm256_xor_si256(high, _mm256_shuffle_epi8(_mm256_load_si256(at + 8), key));
+        key = _mm256_sub_epi8(key, _mm256_set1_epi8(16));
+    }
+    return bits == 8 ? _mm256_blendv_epi8(low, high, index) : low;
+}
+
+PLLM_INLINE __m256i lower_half(__m256i bytes) { return _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes)); }
+
+PLLM_INLINE __m256i upper_half(__m256i bytes)
+{
+    return _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1));
+}
+
+PLLM_INLINE void decode_single(const row_table *t, const uint8_t *source, ptrdiff_t octets, int bits,
+                               int16_t *target)
+{
+    for (; octets >= 4; octets -= 4, source += 4 * bits, target += 32) {
+        const __m256i value = look_up(t->planes, indices_as_bytes(source, bits), bits);
+        _mm256_storeu_si256((__m256i *)(void *)target, lower_half(value));
+        _mm256_storeu_si256((__m256i *)(void *)(target + 16), upper_half(value));
+    }
+    decode_plain(t, source, octets, 1, 1, target);
+}
+
+PLLM_INLINE float dot_single(const row_table *t, const uint8_t *source, const token_spans *token, int bits)
+{
+    float sum = 0.0f;
+    for (ptrdiff_t s = 0; s < token->spans; s++) {
+        const int16_t *x = token->x + s * token->width;
+        ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
+        __m256i even = _mm256_setzero_si256(), odd = even;
+        for (; octets >= 4; octets -= 4, source += 4 * bits, x += 32) {
+            const __m256i value = look_up(t->planes, indices_as_bytes(source, bits), bits);
+            const __m256i *const xs = (const __m256i *)(const void *)x;
+            even = _mm256_add_epi32(even, _mm256_madd_epi16(lower_half(value), _mm256_loadu_si256(xs)));
+            odd = _mm256_add_epi32(odd, _mm256_madd_epi16(upper_half(value), _mm256_loadu_si256(xs + 1)));
+        }
+        int32_t products = sum_of_lanes(_mm256_add_epi32(even, odd));
+        for (; octets > 0; octets--, source += bits, x += OCTET) {
+            int16_t rest[OCTET];
+            decode_plain(t, source, 1, 1, 1, rest);
+            for (int i = 0; i < OCTET; i++)
+                products += rest[i] * x[i];
+        }
+        sum = fmaf(token->scale[s], (float)products, sum);
+    }
+    return sum;
+}
+
+typedef float dot_fn(const row_table *t, const uint8_t *source, const token_spans *token);
+
+#define EACH_BITS(X, D) \
+    X(D, 1) X(D, 2) X(D, 3) X(D, 4) X(D, 5) X(D, 6) X(D, 7) X(D, 8) \
+    X(D, 9) X(D, 10) X(D, 11) X(D, 12) X(D, 13) X(D, 14) X(D, 15) X(D, 16)
+#define FETCH_FUNCTIONS(D, B) \
+    static void decode_##D##_##B(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
+                                 int16_t *target) \
+    { \
+        decode_fetched(t, source, octets, D, B, target); \
+    } \
+    static float dot_##D##_##B(const row_table *t, const uint8_t *source, const token_spans *token) \
+    { \
+        return dot_fetched(t, source, token, D, B); \
+    }
+EACH_BITS(FETCH_FUNCTIONS, 2)
+EACH_BITS(FETCH_FUNCTIONS, 4)
+EACH_BITS(FETCH_FUNCTIONS, 8)
+EACH_BITS(FETCH_FUNCTIONS, 16)
+
+#define SINGLE_FUNCTIONS(B) \
+    static void decode_1_##B(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target) \
+    { \
+        decode_single(t, source, octets, B, target); \
+    } \
+    static float dot_1_##B(const row_table *t, const uint8_t *source, const token_spans *token) \
+    { \
+        return dot_single(t, source, token, B); \
+    }
+SINGLE_FUNCTIONS(7)
+SINGLE_FUNCTIONS(8)
+
+/* How a table is read: into memory, and for one token straight into the products (dot may be NULL). */
+typedef struct {
+    decode_fn *decode;
+    dot_fn *dot;
+} row_functions;
+
+#define FETCH_ENTRY(D, B) {decode_##D##_##B, dot_##D##_##B},
+static const row_functions fetch_functions[4][PLLM_MAX_BITS] = {{EACH_BITS(FETCH_ENTRY, 2)},
+                                                                {EACH_BITS(FETCH_ENTRY, 4)},
+                                                                {EACH_BITS(FETCH_ENTRY, 8)},
+                                                                {EACH_BITS(FETCH_ENTRY, 16)}};
+#undef FETCH_FUNCTIONS
+#undef FETCH_ENTRY
+#undef SINGLE_FUNCTIONS
+
+/* The form for each table, by measurement: look-ups in registers lose to fetching rows from d = 2 on. */
+static row_functions functions_for(const row_table *t)
+{
+    if (has_planes(t))
+        return t->bits == 7 ? (row_functions){decode_1_7, dot_1_7} : (row_functions){decode_1_8, dot_1_8};
+    for (int kind = 0; kind < 4; kind++)
+        if (t->d == 2 << kind)
+            return fetch_functions[kind][t->bits - 1];
+    return (row_functions){plain_functions[t->d - 1][t->wide], NULL};
+}
+#define PLLM_DOT_FETCHED
+
+#endif
