@@ -74,32 +74,42 @@ static void make_planes(const int16_t *values, int rows, int8_t *planes)
     }
 }
 
+/* target (n) = the bytes at p, as int16 or as they are. */
+PLLM_INLINE void copy_values(const int8_t *p, ptrdiff_t n, int wide, char *target)
+{
+    if (wide)
+        for (ptrdiff_t i = 0; i < n; i++)
+            ((int16_t *)(void *)target)[i] = p[i];
+    else
+        memcpy(target, p, (size_t)n);
+}
+
 /* Fills t->rows, in memory (row_table_bytes) or in place. An index behind the codec's table is its last
  * row. */
 static void make_rows(row_table *t, const pllm_codec *c, void *memory)
 {
     const int8_t *const table = c->table;
-    const int parts = 1 << t->pairing;
-    int16_t *wide = memory;
-    int8_t *narrow = memory;
+    const int bits = c->index_bits, rows = 1 << t->bits, parts = 1 << t->pairing;
+    const ptrdiff_t size = t->wide ? 2 : 1;
+    char *target = memory;
+    int row = 0;
     t->rows = is_in_place(t, c) ? c->table : memory;
     if (t->rows == c->table)
         return;
-    for (int row = 0; row < 1 << t->bits; row++)
-        for (int p = 0; p < parts; p++) {
-            const int index = row >> p * c->index_bits & ((1 << c->index_bits) - 1);
-            const int8_t *source = table + (ptrdiff_t)(index < c->k ? index : c->k - 1) * c->d;
-            for (int j = 0; j < c->d; j++) {
-                if (t->wide)
-                    *wide++ = source[j];
-                else
-                    *narrow++ = source[j];
-            }
+    if (t->pairing == 0) {
+        row = c->k < rows ? c->k : rows;
+        copy_values(table, (ptrdiff_t)row * c->d, t->wide, target);
+        target += (ptrdiff_t)row * c->d * size;
+    }
+    for (; row < rows; row++)
+        for (int p = 0; p < parts; p++, target += c->d * size) {
+            const int index = row >> p * bits & ((1 << bits) - 1);
+            copy_values(table + (ptrdiff_t)(index < c->k ? index : c->k - 1) * c->d, c->d, t->wide, target);
         }
+    memset(target, 0, TABLE_SLACK);
     if (has_planes(t)) { /* such tables are wide */
-        int8_t *const planes = (int8_t *)memory + (wide - (int16_t *)memory) * 2 + TABLE_SLACK;
-        make_planes(memory, 1 << t->bits, planes);
-        t->planes = planes;
+        make_planes(memory, rows, (int8_t *)target + TABLE_SLACK);
+        t->planes = (int8_t *)target + TABLE_SLACK;
     }
 }
 

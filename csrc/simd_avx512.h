@@ -69,7 +69,11 @@ static inline vi vi_select(vm m, vi a, vi b) { return _mm512_mask_blend_epi32(m,
 
 typedef __m512i vs;
 static inline vs vs_load(const int16_t *p) { return _mm512_loadu_si512(p); }
+#ifdef PLLM_SIMDE /* whose name for it without simde_ takes other arguments */
+static inline vi vi_dot(vi c, vs a, vs b) { return _mm512_add_epi32(c, simde_mm512_madd_epi16(a, b)); }
+#else
 static inline vi vi_dot(vi c, vs a, vs b) { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
+#endif
 static inline __m256i vi_fold(vi a)
 {
     return _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
@@ -81,11 +85,6 @@ static inline void vi_sum4(int32_t *sums, vi a, vi b, vi c, vi d)
     _mm_storeu_si128((__m128i *)(void *)sums,
                      _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
 }
-static inline void vi_store_i16(int16_t *p, vi a)
-{
-    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(a));
-}
-
 #ifdef PLLM_SIMDE
 /* What SIMDe lacks, or does with other rounding or other NaN rules, lane by lane. */
 #define VF_LANES for (int i = 0; i < VF_WIDTH; i++)
@@ -137,6 +136,12 @@ static inline vi vi_sra(vi a, int n)
     VF_LANES x[i] >>= n;
     return vi_load(x);
 }
+static inline void vi_store_i16(int16_t *p, vi a)
+{
+    int32_t x[VF_WIDTH];
+    vi_store(x, a);
+    VF_LANES p[i] = (int16_t)x[i];
+}
 #define VF_WIDEN(name, T) \
     static inline vi name(const T *p) \
     { \
@@ -150,6 +155,10 @@ VF_WIDEN(vi_load_u16, uint16_t)
 #undef VF_WIDEN
 #undef VF_LANES
 #else
+static inline void vi_store_i16(int16_t *p, vi a)
+{
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(a));
+}
 static inline vi vi_sra(vi a, int n) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128(n)); }
 static inline vi vi_load_i8(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(VF_QUARTER(p))); }
 static inline vi vi_load_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(VF_QUARTER(p))); }

@@ -1,0 +1,292 @@
+"""Tokens per second of a Llama of about one billion parameters, compressed and dense.
+
+    python benchmarks/generate.py [--shape 4x4096] [--threads N] [--prompt 512] [--new 32]
+                                  [--llama-cpp Q4_K,Q2_K] [--json FILE] [--quick]
+
+Speed does not depend on what the weights say, so the dense model (bfloat16, random) is made in
+memory and the compressed one gets random indices; it goes through the checkpoint format,
+from_pretrained and generate like any other. The head is compressed with the layers, the embedding
+is only looked up. Before timing, one layer of the loaded model is compared with its dequantised
+matrix. The models take turns; times are wall time (generate uses all threads it is given).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from pocketllm import kernels
+from pocketllm.checkpoint import CodecData, CodecSpec, ModuleData, ModuleSpec, write_checkpoint
+from pocketllm.linear import PocketLinear
+from pocketllm.schema import row_stride_bytes
+from pocketllm.tensorfile import ArrayTensor
+
+# layers, hidden, intermediate, heads, key-value heads, vocabulary
+SIZE = (16, 2048, 8192, 32, 8, 32000)
+QUICK = (2, 64, 128, 4, 2, 256)
+
+
+def configuration(size: tuple[int, ...]) -> LlamaConfig:
+    """The model's shape."""
+    layers, hidden, intermediate, heads, kv_heads, vocabulary = size
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        dtype=torch.bfloat16,
+    )
+
+
+def dense_model(config: LlamaConfig) -> nn.Module:
+    """Random weights; normal, as an initialised layer's."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def write_compressed(folder: Path, dense: nn.Module, shape: tuple[int, int]) -> Path:
+    """The same model with every linear layer as random indices into one table."""
+    random = np.random.default_rng(0)
+    subvector, codewords = shape
+    spec = CodecSpec("all", subvector, codewords, 1, "input", "table-int8")
+    values = np.clip(np.rint(random.standard_normal((codewords, subvector)) * 36), -127, 127)
+    table = {"table": values.astype(np.int8), "table_scale": np.array([1 / 36], np.float32)}
+    modules, others = [], {}
+    linear = {n: m for n, m in dense.named_modules() if isinstance(m, nn.Linear)}
+    for name, module in linear.items():
+        rows, columns = module.weight.shape
+        size = rows * row_stride_bytes(columns, subvector, spec.index_bits)
+        scale = np.full(rows, 0.02, np.float16)
+        kind = ModuleSpec(
+            name, "linear", (rows, columns), "all", True, False, "bfloat16", statistics="float16"
+        )
+        modules.append(ModuleData(kind, random.integers(0, 256, size, dtype=np.uint8), scale, None))
+    for name, tensor in dense.state_dict().items():
+        if name.removesuffix(".weight") not in linear:
+            others[name] = ArrayTensor(tensor.view(torch.uint16).numpy(), "BF16")
+    return write_checkpoint(
+        folder,
+        modules=modules,
+        codecs=[CodecData(spec, table)],
+        dense_tensors=others,
+        config=dense.config.to_dict(),
+    )
+
+
+def check(model: nn.Module) -> None:
+    """One layer's product against its dequantised matrix."""
+    layer = next(m for m in model.modules() if isinstance(m, PocketLinear))
+    x = torch.randn(3, layer.in_features)
+    want = x.double() @ layer.dequantize().double().T
+    error = (layer(x).double() - want).abs().max() / want.abs().max()
+    assert error < 1e-3, float(error)
+
+
+def generation(model: nn.Module, prompt: torch.Tensor, new: int) -> Callable[[], object]:
+    """A call that generates `new` tokens, greedily."""
+
+    def call() -> object:
+        with torch.inference_mode():
+            return model.generate(
+                prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+            )
+
+    return call
+
+
+def llama_cpp(folder: Path, dense: nn.Module, kinds: list[str]) -> dict[str, Any]:
+    """Models for llama.cpp, quantised from the same weights; empty without llama_cpp and gguf."""
+    try:
+        import gguf
+        import llama_cpp as library
+    except ImportError:
+        print("llama_cpp or gguf is not installed: no comparison with llama.cpp")
+        return {}
+    config, source = dense.config, folder / "dense.gguf"
+    writer = gguf.GGUFWriter(source, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(1)
+    writer.add_tokenizer_model("llama")
+    tokens = [b"<unk>", b"<s>", b"</s>", *(b"t%d" % i for i in range(3, config.vocab_size))]
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([2, 3, 3, *[1] * (len(tokens) - 3)])
+    parts = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    names = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    for name, tensor in dense.state_dict().items():
+        short = names.get(name)
+        if short is None:
+            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+            short = f"blk.{layer}.{parts[part]}.weight"
+        kind = np.float32 if tensor.dim() == 1 else np.float16
+        writer.add_tensor(short, tensor.float().numpy().astype(kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    models = {}
+    for kind in kinds:
+        target = folder / f"{kind}.gguf"
+        options = library.llama_model_quantize_default_params()
+        options.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        status = library.llama_model_quantize(str(source).encode(), str(target).encode(), options)
+        assert status == 0, f"llama.cpp could not quantise to {kind}"
+        models[f"llama.cpp {kind}"] = library.Llama(
+            str(target),
+            n_ctx=2048,
+            n_batch=512,
+            n_threads=torch.get_num_threads(),
+            n_threads_batch=torch.get_num_threads(),
+            verbose=False,
+        )
+    return models
+
+
+def llama_generation(model: Any, prompt: list[int], new: int) -> Callable[[], object]:
+    """The same for a model of llama.cpp."""
+
+    def call() -> object:
+        model.reset()
+        tokens = model.generate(prompt, temp=0.0, reset=False)
+        return [next(tokens) for _ in range(new)]
+
+    return call
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Tokens per second, compressed and dense.")
+    parser.add_argument("--shape", default="4x4096", help="codebook, d x K (3 bits by default)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the long prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens to generate")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--llama-cpp", default="", metavar="KINDS", help="as in Q4_K_M,Q2_K")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="a tiny model; proves that it runs")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    shape = tuple(map(int, options.shape.split("x", 1)))
+    prompt_length = 16 if options.quick else options.prompt
+    new = 4 if options.quick else options.new
+    config = configuration(QUICK if options.quick else SIZE)
+    dense = dense_model(config)
+    times: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        packed = write_compressed(Path(folder, "packed"), dense, shape)
+        start = time.perf_counter()
+        compressed = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
+        loading = time.perf_counter() - start
+        check(compressed)
+        size = sum(f.stat().st_size for f in packed.glob("*.safetensors"))
+        kinds = [k for k in options.llama_cpp.split(",") if k]
+        others = llama_cpp(Path(folder), dense, kinds) if kinds else {}
+        prompt = torch.randint(3, config.vocab_size, (1, prompt_length))
+        short = prompt[:, :4]
+        runs: dict[str, tuple[Callable[[], object], ...]] = {
+            name: (
+                generation(model, prompt, 1),
+                generation(model, short, 1),
+                generation(model, short, 1 + new),
+            )
+            for name, model in (("bf16", dense), ("pocketllm", compressed))
+        }
+        for name, model in others.items():
+            runs[name] = (
+                llama_generation(model, prompt[0].tolist(), 1),
+                llama_generation(model, short[0].tolist(), 1),
+                llama_generation(model, short[0].tolist(), 1 + new),
+            )
+        for turn in range(options.rounds):
+            for name, calls in runs.items():
+                taken = []
+                for call in calls:
+                    start = time.perf_counter()
+                    call()
+                    taken.append(time.perf_counter() - start)
+                found = times.setdefault(name, {"first_token_s": [], "token_s": []})
+                if turn or options.rounds == 1:
+                    found["first_token_s"].append(taken[0])
+                    found["token_s"].append((taken[2] - taken[1]) / new)
+    rows = []
+    for name, found in times.items():
+        rows.append(
+            {
+                "name": name,
+                "tokens_per_s": 1 / min(found["token_s"]),
+                "tokens_per_s_median": 1 / median(found["token_s"]),
+                "first_token_s": min(found["first_token_s"]),
+                "first_token_s_median": median(found["first_token_s"]),
+            }
+        )
+    report = {
+        "kernels": kernels.show_config(),
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in dense.parameters()),
+        "shape": options.shape,
+        "file_bytes": size,
+        "loading_s": loading,
+        "prompt_tokens": prompt_length,
+        "models": rows,
+    }
+    print(f"{report['kernels']}; torch {torch.__version__}")
+    print(f"{report['parameters']:,} parameters; {options.shape}: {size:,} bytes")
+    print(
+        f"\n| | tokens/s | median | first token of {prompt_length}, s | median |\n|---|---|---|---|---|"
+    )
+    for row in rows:
+        print(
+            f"| {row['name']} | {row['tokens_per_s']:.2f} | {row['tokens_per_s_median']:.2f} "
+            f"| {row['first_token_s']:.2f} | {row['first_token_s_median']:.2f} |"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
