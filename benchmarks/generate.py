@@ -276,9 +276,8 @@ def main() -> None:
     }
     print(f"{report['kernels']}; torch {torch.__version__}")
     print(f"{report['parameters']:,} parameters; {options.shape}: {size:,} bytes")
-    print(
-        f"\n| | tokens/s | median | first token of {prompt_length}, s | median |\n|---|---|---|---|---|"
-    )
+    print(f"\n| | tokens/s | median | first token of {prompt_length}, s | median |")
+    print("|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['name']} | {row['tokens_per_s']:.2f} | {row['tokens_per_s_median']:.2f} "
