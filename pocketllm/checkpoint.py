@@ -33,9 +33,9 @@ from .tensorfile import (
     StoredTensor,
     TensorFile,
     TensorSource,
-    crc32,
     from_float32,
     open_files,
+    stored_crc32,
     unique_keys,
     weight_files,
 )
@@ -210,28 +210,33 @@ class Checkpoint:
     def _part(self, module: str, part: str) -> np.ndarray:
         return self.tensors[schema.module_tensor(module, part)].array()
 
-    def verify(self) -> None:
+    def verify(self, *, checksums: bool = True) -> None:
         """Check every checksum, every index, and that every scale, table and decoder is finite.
+
+        Args:
+            checksums: without them, only what the kernels rely on is checked: no index beyond its
+                codebook, and finite scales, tables and decoders.
 
         Raises:
             CheckpointError: the first tensor, by name, that is damaged.
         """
-        checksums = _checksums(self.files, self.layout)
-        tensors = [self.tensors[name] for name in sorted(self.tensors)]
-        with ThreadPoolExecutor(min(CHECK_THREADS, os.cpu_count() or 1)) as pool:
-            for tensor, value in zip(tensors, pool.map(_crc32, tensors), strict=True):
-                if value != checksums[tensor.name]:
-                    raise CheckpointError(
-                        f"{tensor.file.path}: tensor {tensor.name} does not match its checksum"
-                    )
+        if checksums:
+            wanted = _checksums(self.files, self.layout)
+            tensors = [self.tensors[name] for name in sorted(self.tensors)]
+            with ThreadPoolExecutor(min(CHECK_THREADS, os.cpu_count() or 1)) as pool:
+                for tensor, value in zip(tensors, pool.map(stored_crc32, tensors), strict=True):
+                    if value != wanted[tensor.name]:
+                        raise CheckpointError(
+                            f"{tensor.file.path}: tensor {tensor.name} does not match its checksum"
+                        )
         for codec in self.layout.codecs.values():
             for part in codec.tensors():
                 self._check_finite(self.tensors[schema.codec_tensor(codec.name, part)])
         for module in self.layout.modules.values():
             if module.codec is not None:
-                self._check_module(module, self.layout.codecs[module.codec])
+                self._check_module(module, self.layout.codecs[module.codec], checksums)
 
-    def _check_module(self, module: ModuleSpec, codec: CodecSpec) -> None:
+    def _check_module(self, module: ModuleSpec, codec: CodecSpec, spare_bits: bool) -> None:
         for part, (dtype, _) in module.tensors(codec).items():
             stored = self.tensors[schema.module_tensor(module.name, part)]
             if part == "weight":
@@ -247,7 +252,7 @@ class Checkpoint:
         count = -(-columns // codec.subvector)
         packed = tensor.array().reshape(rows, -1)
         spare = packed.shape[1] * 8 - count * codec.index_bits
-        if spare and (packed[:, -1] >> (8 - spare)).any():
+        if spare_bits and spare and (packed[:, -1] >> (8 - spare)).any():
             raise CheckpointError(
                 f"{tensor.file.path}: module {module.name} has bits set after the end of a row"
             )
@@ -313,10 +318,14 @@ def open_weights(
     quantization: Mapping[str, Any],
     *,
     check: bool = True,
+    checksums: bool = True,
     folder: Path | None = None,
     config: dict[str, Any] | None = None,
 ) -> Checkpoint:
-    """As :func:`open_checkpoint`, of weight files whose quantization_config is at hand."""
+    """As :func:`open_checkpoint`, of weight files whose quantization_config is at hand.
+
+    With ``check`` but without ``checksums``, only what the kernels rely on is read and checked.
+    """
     files_at = [Path(path) for path in paths]
     folder = folder or files_at[0].parent
     layout = schema.parse(quantization, str(folder / "config.json"))
@@ -330,18 +339,18 @@ def open_weights(
                 f"{stored.file.path}: tensor {name} is {stored.dtype} {list(stored.shape)},"
                 f" config.json asks for {dtype} {list(shape)}"
             )
-    checksums = _checksums(files, layout)
-    for name in checksums:
+    recorded = _checksums(files, layout)
+    for name in recorded:
         if name not in tensors:
             raise CheckpointError(f"{folder}: tensor {name} is missing")
     for name, tensor in tensors.items():
-        if name not in checksums:
+        if name not in recorded:
             raise CheckpointError(
                 f"{tensor.file.path}: tensor {name} is not expected, it has no checksum"
             )
     checkpoint = Checkpoint(folder, config, quantization, layout, files, tensors)
     if check:
-        checkpoint.verify()
+        checkpoint.verify(checksums=checksums)
     return checkpoint
 
 
@@ -458,7 +467,3 @@ def _hex(text: Any) -> int:
     if not isinstance(text, str) or len(text) != 8 or text.strip("0123456789abcdef"):
         raise ValueError("no crc32")
     return int(text, 16)
-
-
-def _crc32(tensor: StoredTensor) -> int:
-    return crc32(tensor.name, tensor.dtype, tensor.shape, tensor.data())

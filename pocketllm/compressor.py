@@ -22,9 +22,9 @@ from .checkpoint import open_checkpoint
 from .checkpoint_write import CodecData, ModuleData, check_output, write_checkpoint
 from .config import PocketConfig
 from .dense import load_tokenizer, meta_model, source_folder
-from .encode import Factors, encode_rows, factorise
+from .encode import Factors, encode_rows, factorise, relative_errors
 from .errors import PocketError
-from .layout import Rows, Target, normalise
+from .layout import Target, cut, normalise, row_statistics
 from .memory import give_back, peak_memory
 from .planning import WINDOW, Plan, make_plan, predict_work, training_subvectors
 from .progress import Progress
@@ -297,25 +297,18 @@ class Compression:
         for target in owners:
             out = target.shape[0]
             count = max(1, round(share * out))
+            index = np.arange(out)
             if count < out:
                 index = np.sort(rng.choice(out, count, replace=False))
-                weight = self.weights.rows(target, index)
-            else:
-                weight = self.weights.matrix(target)
-            rows = self._normalised(target, weight, spec.subvector)
+            with _naming(target):
+                rows = normalise(
+                    self.weights.rows(target, index),
+                    spec.subvector,
+                    row_scale=self.config.row_scale,
+                    row_shift=self.config.row_shift,
+                )
             groups.setdefault(rows.values.shape[1], []).append(rows.values)
         return [np.concatenate(parts) for _, parts in sorted(groups.items())]
-
-    def _normalised(self, target: Target, weight: np.ndarray, subvector: int) -> Rows:
-        try:
-            return normalise(
-                weight,
-                subvector,
-                row_scale=self.config.row_scale,
-                row_shift=self.config.row_shift,
-            )
-        except PocketError as error:
-            raise PocketError(f"{target.name}: {error}") from error
 
     def _encode(self, target: Target, hessian: np.ndarray | None) -> None:
         """Encode one matrix and keep the part, unless the workspace has it."""
@@ -325,23 +318,27 @@ class Compression:
         codec = self.codecs[self.plan.codec_of[target.name]]
         hessian = hessian if self.config.feedback else None
         factors = self._factors(hessian, codec)
-        weight = self.weights.matrix(target)
-        rows = self._normalised(target, weight, codec.spec.subvector)
-        encoded = encode_rows(
-            rows,
-            weight,
-            codec,
-            hessian,
-            factors=factors,
-        )
-        arrays: dict[str, np.ndarray] = {
-            "packed": kernels.pack(encoded.index, codec.spec.index_bits).reshape(-1),
-            "errors": np.array([encoded.error, encoded.output_error], np.float64),
-        }
+        with _naming(target):
+            scale, shift = row_statistics(
+                functools.partial(self.weights.parts, target),
+                row_scale=self.config.row_scale,
+                row_shift=self.config.row_shift,
+            )
+        packed, squares, first = [], np.zeros(4), 0
+        for weight in self.weights.parts(target):
+            part = slice(first, first + len(weight))
+            first = part.stop
+            rows = cut(
+                weight, codec.spec.subvector, scale[part], None if shift is None else shift[part]
+            )
+            encoded = encode_rows(rows, weight, codec, hessian, factors=factors)
+            packed.append(kernels.pack(encoded.index, codec.spec.index_bits).reshape(-1))
+            squares += encoded.squares
+        arrays: dict[str, np.ndarray] = {"packed": np.concatenate(packed), "squares": squares}
         if self.config.row_scale:
-            arrays["scale"] = rowcode.encode(encoded.scale, signed=False)
-        if encoded.shift is not None:
-            arrays["shift"] = rowcode.encode(encoded.shift, signed=True)
+            arrays["scale"] = rowcode.encode(scale, signed=False)
+        if shift is not None:
+            arrays["shift"] = rowcode.encode(shift, signed=True)
         self.workspace.store(_part(target), arrays)
         self._load(target)
 
@@ -371,7 +368,7 @@ class Compression:
         self._modules[target.name] = ModuleData(
             self._spec(target), part["packed"], part.get("scale"), part.get("shift")
         )
-        error, output_error = (float(e) for e in _array(part["errors"]))
+        error, output_error = relative_errors(_array(part["squares"]))
         self.errors[target.name] = error
         if np.isfinite(output_error):
             self.output_errors[target.name] = output_error
@@ -404,6 +401,15 @@ class Compression:
             scale if data.scale is None else rowcode.decode(_array(data.scale), signed=False),
             None if data.shift is None else rowcode.decode(_array(data.shift), signed=True),
         )
+
+
+@contextmanager
+def _naming(target: Target) -> Iterator[None]:
+    """Put the target's name before what is wrong with its weight."""
+    try:
+        yield
+    except PocketError as error:
+        raise PocketError(f"{target.name}: {error}") from error
 
 
 def _array(part: np.ndarray | TensorSource) -> np.ndarray:

@@ -42,15 +42,24 @@ class Encoded:
         index: (out, L) int32.
         scale: (out,) float32, as it comes back from storage.
         shift: the same, or None.
-        error: |W - Ŵ|² / |W|², 0 for a zero matrix.
-        output_error: tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ); NaN without H.
+        squares: |W - Ŵ|², |W|², and the same under H, NaN without: float64 (4,). Those of several
+            parts of a matrix add up.
     """
 
     index: np.ndarray
     scale: np.ndarray
     shift: np.ndarray | None
-    error: float
-    output_error: float
+    squares: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """|W - Ŵ|² / |W|², 0 for a zero matrix."""
+        return relative_errors(self.squares)[0]
+
+    @property
+    def output_error(self) -> float:
+        """tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ); NaN without H."""
+        return relative_errors(self.squares)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,21 +209,19 @@ def encode_rows(
         def decode(index: np.ndarray) -> np.ndarray:
             return table[index].reshape(len(index), -1)
 
-    errors = np.zeros(4)
+    squares = np.zeros(4)
     for first in range(0, len(weight), ROWS_TOGETHER):
         part = slice(first, first + ROWS_TOGETHER)
         shift = None if rows.shift is None else rows.shift[part]
         made = denormalise(decode(index[part]), weight.shape[1], rows.scale[part], shift)
-        errors += _errors(weight[part], made, hessian)
-    output_error = float("nan") if hessian is None else _ratio(errors[2], errors[3])
-    return Encoded(index, rows.scale, rows.shift, _ratio(errors[0], errors[1]), output_error)
+        squares += _squares(weight[part], made, hessian)
+    return Encoded(index, rows.scale, rows.shift, squares)
 
 
-def _errors(weight: np.ndarray, made: np.ndarray, hessian: np.ndarray | None) -> np.ndarray:
-    """Squares of what differs, of the weight, and both under H (0 without)."""
+def _squares(weight: np.ndarray, made: np.ndarray, hessian: np.ndarray | None) -> np.ndarray:
     gap = weight - made
     plain = [np.square(x).sum(dtype=np.float64) for x in (gap, weight)]
-    under = [0.0, 0.0] if hessian is None else [_under(gap, hessian), _under(weight, hessian)]
+    under = [np.nan] * 2 if hessian is None else [_under(x, hessian) for x in (gap, weight)]
     return np.array([*plain, *under])
 
 
@@ -244,8 +251,12 @@ def _under(rows: np.ndarray, hessian: np.ndarray) -> float:
     return total
 
 
-def _ratio(error: float, whole: float) -> float:
-    return float(error / whole) if whole > 0 else 0.0
+def relative_errors(squares: np.ndarray) -> tuple[float, float]:
+    """``error`` and ``output_error`` of an :class:`Encoded` with these squares."""
+    error, weight, output_error, output = (float(x) for x in squares)
+    plain = error / weight if weight > 0 else 0.0
+    under = output_error / output if output > 0 or np.isnan(output) else 0.0
+    return plain, under
 
 
 @contextmanager

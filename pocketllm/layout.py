@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Below float32's smallest normal number a row is zero for every purpose.
 TINY = 2.0**-126
+# Values whose squares are in memory together.
+SQUARED_TOGETHER = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,27 +102,75 @@ def normalise(
     Raises:
         PocketError: NaN or Inf in the weight.
     """
-    rows, columns = weight.shape
-    if not np.isfinite(weight).all():
-        raise PocketError(
-            f"weight: {np.sum(~np.isfinite(weight))} of {weight.size} values are NaN or Inf"
-        )
-    length = subvector_count(columns, subvector) * subvector
-    values = np.zeros((rows, length), np.float32)
-    body = values[:, :columns]
-    body[...] = weight
+    statistics = row_statistics(lambda: [weight], row_scale=row_scale, row_shift=row_shift)
+    return cut(weight, subvector, *statistics)
+
+
+def row_statistics(
+    parts: Callable[[], Iterable[np.ndarray]], *, row_scale: bool = True, row_shift: bool = False
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scale (out,) and shift (out,), or None, of a matrix as eight bits store them.
+
+    Args:
+        parts: gives the matrix in parts of whole rows, float32, each time it is called.
+        row_scale, row_shift: as for :func:`normalise`.
+
+    Raises:
+        PocketError: NaN or Inf in the weight.
+    """
     shift = None
     if row_shift:
-        shift = rowcode.nearest(weight.mean(1, dtype=np.float64), signed=True)
+        means = [part.mean(1, dtype=np.float64) for part in _finite(parts())]
+        shift = rowcode.nearest(np.concatenate(means), signed=True)
+    if not row_scale:
+        return np.ones(sum(len(part) for part in _finite(parts())), np.float32), shift
+    spreads, first = [], 0
+    for part in _finite(parts()):
+        if shift is not None:
+            part = part - shift[first : first + len(part), None]
+            first += len(part)
+        spreads.append(np.sqrt(_mean_square(part)))
+    spread = np.concatenate(spreads)
+    return rowcode.nearest(np.where(spread < TINY, 0.0, spread), signed=False), shift
+
+
+def cut(
+    weight: np.ndarray, subvector: int, scale: np.ndarray, shift: np.ndarray | None = None
+) -> Rows:
+    """Rows (R, in) float32 with this scale (R,) and shift (R,), as :class:`Rows`.
+
+    A row with scale 0 becomes zero.
+    """
+    rows, columns = weight.shape
+    values = np.zeros((rows, subvector_count(columns, subvector) * subvector), np.float32)
+    body = values[:, :columns]
+    body[...] = weight
+    if shift is not None:
         body -= shift[:, None]
-    scale = np.ones(rows, np.float32)
-    if row_scale and columns:
-        spread = np.sqrt(np.square(body, dtype=np.float64).mean(1))
-        zero = spread < TINY
-        scale = rowcode.nearest(np.where(zero, 0.0, spread), signed=False)
-        body /= np.where(zero, np.float32(1.0), scale)[:, None]
-        body[zero] = 0.0
+    zero = scale == 0
+    body /= np.where(zero, np.float32(1.0), scale)[:, None]
+    body[zero] = 0.0
     return Rows(values, scale, shift)
+
+
+def _finite(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    for part in parts:
+        finite = np.isfinite(part)
+        if not finite.all():
+            raise PocketError(f"weight: {np.sum(~finite)} of {part.size} values are NaN or Inf")
+        yield part
+
+
+def _mean_square(rows: np.ndarray) -> np.ndarray:
+    """Mean of the squares of each row, float64, 0 of an empty one."""
+    if not rows.shape[1]:
+        return np.zeros(len(rows))
+    step = max(1, SQUARED_TOGETHER // rows.shape[1])
+    parts = [
+        np.square(rows[first : first + step], dtype=np.float64).mean(1)
+        for first in range(0, len(rows), step)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0)
 
 
 def denormalise(

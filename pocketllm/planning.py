@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -38,6 +40,11 @@ PASSES = 4
 # cost in forward passes.
 SENSITIVITY_TOKENS = 2048
 BACKWARD = 5
+# Bytes that the libraries take, what a layer computes on the windows at hand, and what is in memory
+# of a matrix while it is encoded.
+LIBRARIES = 450 * 2**20
+ACTIVATIONS = 300 * 2**20
+ENCODING = 160 * 2**20
 # Bytes of a safetensors header entry and of its checksum, besides twice the tensor's name.
 ENTRY_BYTES = 140
 
@@ -284,14 +291,25 @@ def _codecs(
 
 
 def _memory(model: nn.Module, config: PocketConfig, targets: list[Target]) -> int:
-    stored = sum(p.numel() * p.element_size() for p in model.parameters())
-    largest = max(t.shape[0] * t.shape[1] for t in targets)
-    total = stored + 5 * 4 * largest + 400 * 2**20
-    if config.calibration is not None:
-        hidden = model.config.hidden_size
-        total += config.calibration_windows * WINDOW * hidden * 4
-        total += 4 * sum(c * c for c in {t.shape[1] for t in targets}) * 4
-    return total
+    """Peak of a model that is read from its files, the libraries included."""
+    layers: dict[str, list[Target]] = {}
+    for target in targets:
+        number = re.search(r"\.\d+\.", target.name)
+        if number is not None:
+            layers.setdefault(target.name[: number.end()], []).append(target)
+    peak = ENCODING
+    for layer in layers.values():
+        weights = 4 * sum(t.weights for t in layer)
+        widths = {t.shape[1] for t in layer}
+        # Distinct inputs are about as many as the widths a layer's matrices have, and two more.
+        moments = 4 * (sum(w * w for w in widths) + 2 * min(widths) ** 2)
+        factors = 3 * 4 * max(widths) ** 2
+        workers = config.workers or os.cpu_count() or 1
+        if config.codebook is None:  # the sensitivities: gradients of a layer in every thread
+            peak = max(peak, (1 + workers) * weights + ACTIVATIONS)
+        if config.calibration is not None:
+            peak = max(peak, weights + moments + ACTIVATIONS, moments + factors + ENCODING)
+    return LIBRARIES + peak
 
 
 def _seconds_per_search_unit() -> float:

@@ -63,7 +63,8 @@ def sensitivities(
     states = [calibrator.first_inputs()]
     for index in range(len(calibrator)):
         states.append(calibrator.forward(index, states[-1]))
-    head = _Head(calibrator, weights, owners, spread, seed)
+    tied = {t.name: t.tied_to for t in targets if t.tied_to}
+    head = _Head(calibrator, weights, tied, spread, seed)
     gradients = calibrator.backward_head(states.pop(), head.pull)
     for name, value in head.harm.items():
         found[name] += value
@@ -92,15 +93,14 @@ class _Head:
         self,
         calibrator: Calibrator,
         weights: Weights,
-        owners: dict[str, Target],
+        tied: dict[str, str],
         spread: dict[str, np.ndarray],
         seed: int,
     ) -> None:
         model = calibrator.model
         matrix = model.get_output_embeddings().weight
-        embedding = model.get_input_embeddings()
-        tied = matrix is embedding.weight
-        name = _name_of(model, embedding if tied else model.get_output_embeddings())
+        name = _name_of(model, model.get_output_embeddings())
+        name = tied.get(name, name)
         self._target = Target(name, "linear", tuple(matrix.shape), name)
         self._weights = weights
         self._spread = spread.get(name)
@@ -151,10 +151,8 @@ def _rows(weights: Weights, target: Target, first: int) -> torch.Tensor:
 
 def _row_spread(weights: Weights, target: Target) -> np.ndarray:
     """Mean square of every row, (out,) float64."""
-    if target.kind == "embedding":
-        tiles = [_rows(weights, target, f).numpy() for f in range(0, target.shape[0], ROWS)]
-        return np.concatenate([np.square(t, dtype=np.float64).mean(1) for t in tiles])
-    return np.square(weights.matrix(target), dtype=np.float64).mean(1)
+    parts = weights.parts(target)
+    return np.concatenate([np.square(part, dtype=np.float64).mean(1) for part in parts])
 
 
 def _embedding_harm(

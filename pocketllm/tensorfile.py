@@ -6,6 +6,7 @@ Knows nothing of pocketllm's names. Nothing here is ever unpickled or executed.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import mmap
@@ -14,6 +15,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +39,8 @@ MAX_HEADER_BYTES = 100_000_000
 CHUNK_BYTES = 1 << 24
 # Most bytes of one read: systems refuse more than about 2 GiB.
 READ_BYTES = 1 << 30
+# Small enough for the second-level cache: a block's checksum is computed while it is there.
+BLOCK_BYTES = 1 << 18
 
 
 class TensorSource(Protocol):
@@ -124,17 +128,33 @@ class StoredTensor:
         Raises:
             CheckpointError: the file has become shorter, or cannot be read any more.
         """
-        view = buffer.data
+        with self._opened(offset) as handle:
+            self._fill(handle, buffer.data)
+
+    def blocks(self) -> Iterator[memoryview]:
+        """All bytes in turn, read instead of mapped into a buffer that is used again."""
+        buffer = memoryview(bytearray(min(BLOCK_BYTES, self.nbytes)))
+        with self._opened(0) as handle:
+            for start in range(0, self.nbytes, BLOCK_BYTES):
+                block = buffer[: self.nbytes - start]
+                self._fill(handle, block)
+                yield block
+
+    @contextmanager
+    def _opened(self, offset: int) -> Iterator[io.FileIO]:
         try:
             with open(self.file.path, "rb", buffering=0) as handle:
                 handle.seek(self.start + offset)
-                while view:
-                    done = handle.readinto(view[:READ_BYTES])
-                    if not done:
-                        raise CheckpointError(f"{self.file.path}: became shorter while it was read")
-                    view = view[done:]
+                yield handle
         except OSError as error:
             raise CheckpointError(f"{self.file.path}: cannot be read: {error.strerror}") from error
+
+    def _fill(self, handle: io.FileIO, view: memoryview) -> None:
+        while view:
+            done = handle.readinto(view[:READ_BYTES])
+            if not done:
+                raise CheckpointError(f"{self.file.path}: became shorter while it was read")
+            view = view[done:]
 
     def float32(self) -> np.ndarray:
         """The values as a new float32 array. F8 types are refused with PocketError."""
@@ -322,10 +342,20 @@ def as_bytes(data: Any) -> memoryview:
 
 def crc32(name: str, dtype: str, shape: Iterable[int], data: Any) -> int:
     """CRC-32 (zlib) over ``name\\ndtype\\nd0,d1,...\\n`` in UTF-8, then the data."""
-    crc = zlib.crc32(f"{name}\n{dtype}\n{','.join(str(n) for n in shape)}\n".encode())
     view = as_bytes(data)
-    for start in range(0, len(view), CHUNK_BYTES):
-        crc = zlib.crc32(view[start : start + CHUNK_BYTES], crc)
+    parts = (view[start : start + CHUNK_BYTES] for start in range(0, len(view), CHUNK_BYTES))
+    return _crc32(name, dtype, shape, parts)
+
+
+def stored_crc32(tensor: StoredTensor) -> int:
+    """The same of a tensor in a file, without its bytes staying in memory."""
+    return _crc32(tensor.name, tensor.dtype, tensor.shape, tensor.blocks())
+
+
+def _crc32(name: str, dtype: str, shape: Iterable[int], parts: Iterable[memoryview]) -> int:
+    crc = zlib.crc32(f"{name}\n{dtype}\n{','.join(str(n) for n in shape)}\n".encode())
+    for part in parts:
+        crc = zlib.crc32(part, crc)
     return crc
 
 

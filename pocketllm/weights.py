@@ -23,7 +23,7 @@ from torch import nn
 from .dense import load_model, meta_model, quiet
 from .errors import PocketError
 from .hf import dense_tensors, dtype_name, saved_tensors, tensor_bytes
-from .layout import Target, matrix_of
+from .layout import Target
 from .tensorfile import (
     INDEX_NAME,
     WEIGHTS_NAME,
@@ -41,6 +41,8 @@ _TORCH = {
 }  # fmt: skip
 # Bytes looked at together for NaN and Inf.
 CHECKED_TOGETHER = 1 << 24
+# Weights of a matrix that are in memory together, several times, while it is encoded.
+ENCODED_TOGETHER = 1 << 23
 
 
 class Weights(Protocol):
@@ -52,8 +54,8 @@ class Weights(Protocol):
 
     model: nn.Module
 
-    def matrix(self, target: Target) -> np.ndarray:
-        """The target's weight, float32 (out, in)."""
+    def parts(self, target: Target) -> Iterator[np.ndarray]:
+        """The target's weight (out, in) in parts of whole rows, float32."""
 
     def rows(self, target: Target, index: np.ndarray) -> np.ndarray:
         """Some rows of it, float32."""
@@ -83,8 +85,11 @@ class LoadedWeights:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def matrix(self, target: Target) -> np.ndarray:
-        return matrix_of(self.model.get_submodule(target.name), target.kind)
+    def parts(self, target: Target) -> Iterator[np.ndarray]:
+        weight = self.model.get_submodule(target.name).weight.detach()
+        weight = weight.T if target.kind == "conv1d" else weight
+        for first, count in row_ranges(target.shape):
+            yield np.ascontiguousarray(weight[first : first + count].float().cpu().numpy())
 
     def rows(self, target: Target, index: np.ndarray) -> np.ndarray:
         weight = self.model.get_submodule(target.name).weight.detach()
@@ -147,13 +152,19 @@ class StreamedWeights:
                 if not _read(tensor, first, count).isfinite().all():
                     raise PocketError(f"{name}: holds NaN or Inf, the source model is damaged")
 
-    def matrix(self, target: Target) -> np.ndarray:
-        weight = self._tensor(f"{target.name}.weight").float().numpy()
-        return np.ascontiguousarray(weight.T) if target.kind == "conv1d" else weight
+    def parts(self, target: Target) -> Iterator[np.ndarray]:
+        name, like = self._origin(f"{target.name}.weight")
+        if target.kind == "conv1d":
+            weight = self._tensor(name).T
+            for first, count in row_ranges(target.shape):
+                yield np.ascontiguousarray(weight[first : first + count].float().numpy())
+            return
+        for first, count in row_ranges(target.shape):
+            yield _read(self._stored[name], first, count).to(like.dtype).float().numpy()
 
     def rows(self, target: Target, index: np.ndarray) -> np.ndarray:
         if target.kind == "conv1d":
-            return self.matrix(target)[index]
+            return self._tensor(f"{target.name}.weight").T[index].float().numpy()
         return self._rows(f"{target.name}.weight", index).float().numpy()
 
     def kept(self, targets: Iterable[Target]) -> Mapping[str, TensorSource]:
@@ -342,6 +353,13 @@ def _shares_more(model: nn.Module) -> bool:
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def row_ranges(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """First row and number of rows of the parts in which a matrix is encoded."""
+    step = max(1, ENCODED_TOGETHER // max(1, shape[1]))
+    for first in range(0, shape[0], step):
+        yield first, min(step, shape[0] - first)
 
 
 def _parts(tensor: StoredTensor) -> Iterator[tuple[int, int]]:

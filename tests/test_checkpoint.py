@@ -19,7 +19,13 @@ from compressed import random_codec, random_module, simple_checkpoint, simple_pa
 from safetensors import safe_open
 
 from pocketllm import checkpoint_write
-from pocketllm.checkpoint import ModuleData, ModuleSpec, decompress, open_checkpoint
+from pocketllm.checkpoint import (
+    ModuleData,
+    ModuleSpec,
+    decompress,
+    open_checkpoint,
+    open_weights,
+)
 from pocketllm.errors import CheckpointError, PocketError
 from pocketllm.tensorfile import ArrayTensor, LazyTensor, from_float32, to_float32
 
@@ -478,6 +484,17 @@ def test_index_out_of_range(folder: Path) -> None:
     resum(folder)
     with pytest.raises(CheckpointError, match="a.linear has the index 63, its codec table has 60"):
         open_checkpoint(folder)
+
+
+def test_without_checksums_what_kernels_rely_on_is_checked(folder: Path) -> None:
+    rewrite(folder, set_bytes("norm.weight", b"\x01", at=3))
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    with pytest.raises(CheckpointError, match="checksum"):
+        open_weights([folder / "model.safetensors"], config)
+    open_weights([folder / "model.safetensors"], config, checksums=False)
+    rewrite(folder, set_bytes("a.linear.weight", b"\x3f", at=4))
+    with pytest.raises(CheckpointError, match="a.linear has the index 63"):
+        open_weights([folder / "model.safetensors"], config, checksums=False)
 
 
 def test_bits_behind_a_row(folder: Path) -> None:

@@ -267,6 +267,33 @@ def test_damage_is_found_before_loading(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_checksums_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = write_tiny(tmp_path / "small", tiny_model("llama"))
+    path = out / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    tensor = open_checkpoint(out).tensors["model.norm.weight"]
+    content[tensor.start] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setenv("POCKETLLM_CHECKSUMS", "0")
+    AutoModelForCausalLM.from_pretrained(out)
+    monkeypatch.setenv("POCKETLLM_CHECKSUMS", "1")
+    with pytest.raises(CheckpointError, match="checksum"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="tells where memory comes from")
+def test_packed_bytes_are_those_of_the_file(tmp_path: Path) -> None:
+    """Mapped, not copied: the process need not have read them."""
+    out = write_tiny(tmp_path / "small", tiny_model("llama"))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    packed = [m.weight.data_ptr() for m in model.modules() if isinstance(m, PocketLinear)]
+    mapped = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(out / "model.safetensors")):
+            mapped.append([int(end, 16) for end in line.split()[0].split("-")])
+    assert packed and all(any(low <= at < high for low, high in mapped) for at in packed)
+
+
 def test_version_is_checked_before_loading(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model", tiny_model("llama"))
     config = json.loads((folder / "config.json").read_text())

@@ -15,12 +15,13 @@ from tiny_models import ARCHITECTURES, tiny_model
 from transformers import AutoModelForCausalLM
 
 from pocketllm import calibrate, compressor
+from pocketllm import weights as weights_module
 from pocketllm.calibrate import Calibrator, HiddenStates
 from pocketllm.config import PocketConfig
 from pocketllm.dense import load_model
 from pocketllm.errors import PocketError
 from pocketllm.hf import dense_tensors
-from pocketllm.layout import matrix_of, walk
+from pocketllm.layout import Target, matrix_of, walk
 from pocketllm.memory import give_back, peak_memory
 from pocketllm.weights import LoadedWeights, StreamedWeights, Weights, open_weights
 
@@ -31,6 +32,18 @@ CASES = [(name, dtype) for name in STREAMED for dtype in (torch.float32, torch.b
 def saved(folder: Path, architecture: str, dtype: torch.dtype, shard: str = "40KB") -> Path:
     tiny_model(architecture, dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices come in several parts."""
+    monkeypatch.setattr(weights_module, "ENCODED_TOGETHER", 500)
+
+
+def matrix(weights: Weights, target: Target) -> np.ndarray:
+    parts = list(weights.parts(target))
+    assert len(parts) > 1 or parts[0].size < 500
+    return np.concatenate(parts)
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), CASES)
@@ -48,7 +61,7 @@ def test_gives_what_loading_gives(architecture: str, dtype: torch.dtype, tmp_pat
     some = np.array([0, 1, 5, 17])
     for target in [t for t in targets if not t.tied_to]:
         want = matrix_of(dense.get_submodule(target.name), target.kind)
-        assert np.array_equal(weights.matrix(target), want)
+        assert np.array_equal(matrix(weights, target), want)
         assert np.array_equal(weights.rows(target, some), want[some])
     for chosen in (targets, []):
         kept, want_kept = weights.kept(chosen), dense_tensors(dense, [t.name for t in chosen])
@@ -75,7 +88,7 @@ def test_calibrates_like_a_loaded_model(
             for layer in calibrator.layers():
                 found.update(layer.hessians())
                 for name in layer.targets:
-                    half = weights.matrix(targets[name]) / 2
+                    half = matrix(weights, targets[name]) / 2
                     weights.replace(targets[name], lambda half=half: half)
             head = calibrator.head_hessian()
         assert head is not None
@@ -110,6 +123,7 @@ def test_same_bytes_as_from_a_loaded_model(
     )
     compressor.compress(model, tmp_path / "streamed", config, progress=False)
     with monkeypatch.context() as patch:
+        patch.setattr(weights_module, "ENCODED_TOGETHER", 1 << 23)
         patch.setattr(
             compressor, "open_weights", lambda folder: (LoadedWeights(load_model(folder)), [])
         )
@@ -139,7 +153,7 @@ def test_stored_dtypes_that_differ_from_the_config(tmp_path: Path) -> None:
     for name, parameter in dense.named_parameters():
         assert weights.model.get_parameter(name).dtype == parameter.dtype == torch.bfloat16
     (up,) = [t for t in walk(dense, embeddings=False)[0] if t.name.endswith("0.mlp.up_proj")]
-    assert np.array_equal(weights.matrix(up), matrix_of(dense.get_submodule(up.name), "linear"))
+    assert np.array_equal(matrix(weights, up), matrix_of(dense.get_submodule(up.name), "linear"))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -170,7 +184,7 @@ def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
         handle.truncate(copy.stat().st_size // 2)
     with pytest.raises(PocketError, match="shorter"):
         for target in walk(weights.model, embeddings=True)[0]:
-            weights.matrix(target)
+            matrix(weights, target)
 
 
 def test_moments_of_wide_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
