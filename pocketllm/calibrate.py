@@ -279,31 +279,35 @@ class Calibrator:
         """
         layer = self._layers[index]
         targets = CalibratedLayer(self, index, f"{self.name}.{index}", layer).targets
+        squares = {name: np.zeros(1) for name in targets}
+        before = []
         with self._weights.visit(layer), self._weights.run(layer):
             modules = {name: self.model.get_submodule(name) for name in targets}
-            for module in modules.values():
-                module.weight.requires_grad_(True)
+            handles = [m.register_forward_hook(self._output_hook(n)) for n, m in modules.items()]
 
-            def gradient(window: int) -> tuple[torch.Tensor, list[np.ndarray | None]]:
+            def gradient(window: int) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+                self._local.products = []
                 state = states[window].detach().requires_grad_()
                 output = self._run(window, index, state, learn=True)
-                wanted = [state, *(m.weight for m in modules.values())]
-                first, *rest = torch.autograd.grad(
+                products, self._local.products = self._local.products, []
+                wanted = [state, *(product for _, _, product in products)]
+                first, *pulled = torch.autograd.grad(
                     output, wanted, gradients[window][None], allow_unused=True
                 )
-                return first, [
-                    None if g is None else _row_squares(g, m)
-                    for g, m in zip(rest, modules.values(), strict=True)
-                ]
+                pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+                for (name, x, _), g in zip(products, pulled, strict=True):
+                    if g is not None:
+                        pairs.setdefault(name, []).append((x, g))
+                return first, {name: _row_squares(found) for name, found in pairs.items()}
 
-            before, squares = [], {name: np.zeros(1) for name in targets}
-            for first, rows in self._each(gradient, range(len(states))):
-                before.append(first)
-                for name, row in zip(targets, rows, strict=True):
-                    if row is not None:
+            try:
+                for first, rows in self._each(gradient, range(len(states))):
+                    before.append(first)
+                    for name, row in rows.items():
                         squares[name] = squares[name] + row
-            for module in modules.values():
-                module.weight.requires_grad_(False)
+            finally:
+                for handle in handles:
+                    handle.remove()
         return before, squares
 
     def _hessians(self, index: int, layer: CalibratedLayer) -> dict[str, np.ndarray]:
@@ -370,6 +374,13 @@ class Calibrator:
                     names.append(name)
                     return
             self._local.inputs.append((x, [name]))
+
+        return note
+
+    def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def note(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            del module
+            self._local.products.append((name, args[0].detach(), output))
 
         return note
 
@@ -473,10 +484,19 @@ class _Done(Exception):
     """Ends a forward pass as soon as what was wanted of it is there."""
 
 
-def _row_squares(gradient: torch.Tensor, module: nn.Module) -> np.ndarray:
-    """Sums of the squares of each output unit's gradients, (out,) float64."""
-    columns = 1 if isinstance(module, nn.Linear) else 0  # a Conv1D is stored transposed
-    return gradient.square().sum(columns, dtype=torch.float64).numpy()
+def _row_squares(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> np.ndarray:
+    """Sums (out,) float64 of the squares of each row of a matrix's gradient.
+
+    pairs: an input (..., in) of the matrix and the gradient (..., out) at its product, for each
+    time it was used. The gradient of the matrix is there a block of rows at a time.
+    """
+    flat = [(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])) for x, g in pairs]
+    sums = []
+    for first in range(0, flat[0][1].shape[1], MOMENT_ROWS):
+        rows = slice(first, first + MOMENT_ROWS)
+        block = sum((g[:, rows].T @ x for x, g in flat[1:]), flat[0][1][:, rows].T @ flat[0][0])
+        sums.append(block.square().sum(1, dtype=torch.float64).numpy())
+    return np.concatenate(sums)
 
 
 def _one_thread() -> None:

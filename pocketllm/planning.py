@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -304,9 +303,8 @@ def _memory(model: nn.Module, config: PocketConfig, targets: list[Target]) -> in
         # Distinct inputs are about as many as the widths a layer's matrices have, and two more.
         moments = 4 * (sum(w * w for w in widths) + 2 * min(widths) ** 2)
         factors = 3 * 4 * max(widths) ** 2
-        workers = config.workers or os.cpu_count() or 1
-        if config.codebook is None:  # the sensitivities: gradients of a layer in every thread
-            peak = max(peak, (1 + workers) * weights + ACTIVATIONS)
+        if config.codebook is None:  # the sensitivities: forwards and backwards
+            peak = max(peak, weights + 2 * ACTIVATIONS)
         if config.calibration is not None:
             peak = max(peak, weights + moments + ACTIVATIONS, moments + factors + ENCODING)
     return LIBRARIES + peak
