@@ -18,11 +18,13 @@ PLLM_INLINE void cut_four(const uint8_t *source, int bits, int half, uint32_t *i
         index[2] = a & 255;
         index[3] = a >> 8;
     } else if (bits == 12) { /* an index is in two bytes, and either their top or their bottom */
-        uint16_t word[4];
-        for (int j = 0; j < 4; j++)
-            memcpy(word + j, source + 6 * half + j / 2 * 3 + j % 2, sizeof *word);
-        for (int j = 0; j < 4; j++)
-            index[j] = j % 2 ? word[j] >> 4 : word[j] & 4095;
+        for (int j = 0; j < 4; j++) {
+            uint16_t word;
+            memcpy(&word, source + 6 * half + j / 2 * 3 + j % 2, sizeof word);
+            uint32_t wide = word;
+            PLLM_OPAQUE(wide);
+            index[j] = j % 2 ? wide >> 4 : wide & 4095;
+        }
     } else if (bits == 16) {
         memcpy(&a, source + 8 * half, sizeof a);
         memcpy(&b, source + 8 * half + 4, sizeof b);

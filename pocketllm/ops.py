@@ -156,7 +156,7 @@ def matmul_direct(x: Tensor, arrays: Arrays, bias: Tensor | None) -> Tensor:
         None if bias is None else _float32(bias),
     )
     result = torch.from_numpy(product)
-    return result if x.dtype is torch.float32 else result.to(x.dtype)
+    return result if x.dtype is torch.float32 else result.type_as(x)
 
 
 def _rows_cpu(index: Tensor, arrays: Arrays) -> Tensor:
@@ -244,7 +244,7 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 def _float32(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach()
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     return (tensor if tensor.dtype is torch.float32 else tensor.float()).contiguous().numpy()
 
 
