@@ -7,7 +7,7 @@ elsewhere := build/elsewhere
 # Test files that need only NumPy and the extension carry this marker: torch is not sanitized.
 kernel_tests = $(abspath $(shell grep -lE 'pytest\.mark\.kernels' tests/test_*.py))
 
-.PHONY: build test lint check warnings ctest warnings-gcc warnings-clang asan neon avx512-emulated sanitize wheel-test clean
+.PHONY: build test lint check warnings ctest warnings-gcc warnings-clang asan neon avx512-emulated sanitize wheel-test bench clean
 
 build:
 	$(python) setup.py -q build_ext --inplace
@@ -53,6 +53,14 @@ sanitize:
 sanitizers = LD_PRELOAD=$$(gcc -print-file-name=libasan.so) PYTHONMALLOC=malloc \
     PYTHONPATH=$(abspath $(sanitized)) ASAN_OPTIONS=detect_leaks=0 \
     UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+
+# Every benchmark that needs no model or text of one's own, with figures as JSON in build/bench.
+# QUICK=--quick only shows that they run.
+benchmarks := $(filter-out common memory quality,$(basename $(notdir $(wildcard benchmarks/*.py))))
+bench:
+	mkdir -p build/bench
+	for name in $(benchmarks); do echo "==> $$name"; \
+	    $(python) benchmarks/$$name.py $(QUICK) --json build/bench/$$name.json || exit 1; done
 
 # A wheel made from the source distribution works away from this folder and has all its data files.
 wheel-test:
