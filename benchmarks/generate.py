@@ -1,7 +1,7 @@
 """Tokens per second of a Llama of about one billion parameters, compressed and dense.
 
-    python benchmarks/generate.py [--shape 4x4096] [--threads N] [--prompt 512] [--new 32]
-                                  [--llama-cpp Q4_K,Q2_K] [--json FILE] [--quick]
+    python benchmarks/generate.py [--shape 4x4096] [--layers 16] [--threads N] [--prompt 512]
+                                  [--new 32] [--llama-cpp Q4_K_M,Q2_K] [--json FILE] [--quick]
 
 Speed does not depend on what the weights say, so the dense model (bfloat16, random) is made in
 memory and the compressed one gets random indices; it goes through the checkpoint format,
@@ -199,6 +199,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Tokens per second, compressed and dense.")
     parser.add_argument("--shape", default="4x4096", help="codebook, d x K (3 bits by default)")
+    parser.add_argument("--layers", type=int, default=SIZE[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the long prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens to generate")
@@ -215,7 +216,7 @@ def main() -> None:
     shape = tuple(map(int, options.shape.split("x", 1)))
     prompt_length = 16 if options.quick else options.prompt
     new = 4 if options.quick else options.new
-    config = configuration(QUICK if options.quick else SIZE)
+    config = configuration(QUICK if options.quick else (options.layers, *SIZE[1:]))
     dense = dense_model(config)
     times: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
