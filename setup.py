@@ -42,6 +42,8 @@ PER_ISA = [
     "pack.c",
     "search.c",
     "train.c",
+    "tree_build.c",
+    "tree_search.c",
 ]
 ISA_FLAGS = {
     "x86_64": {

@@ -1,6 +1,21 @@
 /* module_search.c - Python wrappers of search.c and pack.c. */
 #include "module.h"
 
+#include <stdlib.h>
+
+/* Takes a codebook with its weight and bias, either of which may be None. */
+static int take_codebook(PyArrayObject **codebook, PyArrayObject **weight, PyArrayObject **bias,
+                         PyObject *codebook_obj, PyObject *weight_obj, PyObject *bias_obj)
+{
+    if (!pllm_take(codebook, codebook_obj, "codebook", NPY_FLOAT32, 2, (npy_intp[]){-1, -1}, "Kd"))
+        return 0;
+    npy_intp k = PyArray_DIM(*codebook, 0), d = PyArray_DIM(*codebook, 1);
+    return pllm_in_range("codebook: number of codewords", k, 1, PLLM_MAX_CODEWORDS) &&
+           pllm_in_range("codebook: length of a codeword", d, 1, PLLM_MAX_SUBVECTOR) &&
+           pllm_take_optional(weight, weight_obj, "weight", NPY_FLOAT32, 1, &d, "") &&
+           pllm_take_optional(bias, bias_obj, "bias", NPY_FLOAT32, 1, &k, "");
+}
+
 /* nearest(z, codebook, weight | None, bias | None, return_error, threads)
  * -> (index, error | None) */
 static PyObject *nearest(PyObject *self, PyObject *args)
@@ -14,14 +29,10 @@ static PyObject *nearest(PyObject *self, PyObject *args)
                           &with_error, &threads))
         return NULL;
 
-    if (!pllm_take(&codebook, codebook_obj, "codebook", NPY_FLOAT32, 2, (npy_intp[]){-1, -1}, "Kd"))
+    if (!take_codebook(&codebook, &weight, &bias, codebook_obj, weight_obj, bias_obj))
         goto done;
     npy_intp k = PyArray_DIM(codebook, 0), d = PyArray_DIM(codebook, 1);
-    if (!pllm_in_range("codebook: number of codewords", k, 1, PLLM_MAX_CODEWORDS) ||
-        !pllm_in_range("codebook: length of a codeword", d, 1, PLLM_MAX_SUBVECTOR) ||
-        !pllm_take(&z, z_obj, "z", NPY_FLOAT32, 2, (npy_intp[]){-1, d}, "n ") ||
-        !pllm_take_optional(&weight, weight_obj, "weight", NPY_FLOAT32, 1, &d, "") ||
-        !pllm_take_optional(&bias, bias_obj, "bias", NPY_FLOAT32, 1, &k, "") ||
+    if (!pllm_take(&z, z_obj, "z", NPY_FLOAT32, 2, (npy_intp[]){-1, d}, "n ") ||
         !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS))
         goto done;
     npy_intp n = PyArray_DIM(z, 0);
@@ -40,6 +51,107 @@ done:
     Py_XDECREF(codebook);
     Py_XDECREF(weight);
     Py_XDECREF(bias);
+    Py_XDECREF(index);
+    Py_XDECREF(error);
+    return result;
+}
+
+/* What a search index holds: a tree, and the kernels that built it. */
+typedef struct {
+    const pllm_kernels *kernels;
+    pllm_tree *tree;
+    int k, d;
+} search_index;
+
+static const char index_name[] = "pocketllm.search_index";
+
+static void release_index(PyObject *capsule)
+{
+    search_index *held = PyCapsule_GetPointer(capsule, index_name);
+    if (held)
+        free(held->tree);
+    free(held);
+}
+
+/* search_index(codebook, weight | None, bias | None, threads) -> capsule */
+static PyObject *new_index(PyObject *self, PyObject *args)
+{
+    PyObject *codebook_obj, *weight_obj, *bias_obj, *capsule = NULL;
+    PyArrayObject *codebook = NULL, *weight = NULL, *bias = NULL;
+    search_index *held = NULL;
+    int threads, status;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOOi:search_index", &codebook_obj, &weight_obj, &bias_obj, &threads) ||
+        !take_codebook(&codebook, &weight, &bias, codebook_obj, weight_obj, bias_obj) ||
+        !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS))
+        goto done;
+    held = malloc(sizeof *held);
+    if (!held) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    *held = (search_index){.kernels = pllm_active(), .k = (int)PyArray_DIM(codebook, 0),
+                           .d = (int)PyArray_DIM(codebook, 1)};
+
+    Py_BEGIN_ALLOW_THREADS
+    status = held->kernels->tree_build(&held->tree, pllm_data(codebook), held->k, held->d,
+                                       pllm_data(weight), pllm_data(bias), threads);
+    Py_END_ALLOW_THREADS
+    if (pllm_succeeded(status))
+        capsule = PyCapsule_New(held, index_name, release_index);
+    if (capsule)
+        held = NULL; /* the capsule's now */
+done:
+    if (held)
+        free(held->tree);
+    free(held);
+    Py_XDECREF(codebook);
+    Py_XDECREF(weight);
+    Py_XDECREF(bias);
+    return capsule;
+}
+
+/* Are n guesses all in 0..k-1? If not, ValueError is set. */
+static int guesses_fit(PyArrayObject *previous, npy_intp n, int k)
+{
+    const int32_t *guess = pllm_data(previous);
+    int fit = 1;
+    for (npy_intp i = 0; guess && i < n; i++)
+        fit &= guess[i] >= 0 && guess[i] < k;
+    if (!fit)
+        PyErr_Format(PyExc_ValueError, "previous: got a value outside 0..%d, want indices of codewords",
+                     k - 1);
+    return fit;
+}
+
+/* search(capsule, z, previous | None, return_error, threads) -> (index, error | None) */
+static PyObject *search(PyObject *self, PyObject *args)
+{
+    PyObject *capsule, *z_obj, *previous_obj, *result = NULL;
+    PyArrayObject *z = NULL, *previous = NULL, *index = NULL, *error = NULL;
+    int with_error, threads, status;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOOpi:search", &capsule, &z_obj, &previous_obj, &with_error, &threads))
+        return NULL;
+    const search_index *held = PyCapsule_GetPointer(capsule, index_name);
+    if (!held || !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS) ||
+        !pllm_take(&z, z_obj, "z", NPY_FLOAT32, 2, (npy_intp[]){-1, held->d}, "n "))
+        goto done;
+    npy_intp n = PyArray_DIM(z, 0);
+    if (!pllm_take_optional(&previous, previous_obj, "previous", NPY_INT32, 1, &n, "") ||
+        !guesses_fit(previous, n, held->k) || !pllm_new(&index, NPY_INT32, 1, &n) ||
+        (with_error && !pllm_new(&error, NPY_FLOAT32, 1, &n)))
+        goto done;
+
+    Py_BEGIN_ALLOW_THREADS
+    status = held->kernels->tree_search(held->tree, pllm_data(z), n, pllm_data(previous),
+                                        pllm_data(index), pllm_data(error), threads);
+    Py_END_ALLOW_THREADS
+    if (pllm_succeeded(status))
+        result = Py_BuildValue("(OO)", index, error ? (PyObject *)error : Py_None);
+done:
+    Py_XDECREF(z);
+    Py_XDECREF(previous);
     Py_XDECREF(index);
     Py_XDECREF(error);
     return result;
@@ -137,6 +249,8 @@ done:
 
 PyMethodDef pllm_search_methods[] = {
     {"nearest", nearest, METH_VARARGS, "Nearest codeword of each row."},
+    {"search_index", new_index, METH_VARARGS, "A codebook made ready for many searches."},
+    {"search", search, METH_VARARGS, "Nearest codeword of each row in a search index."},
     {"pack", pack, METH_VARARGS, "Indices to packed bytes."},
     {"unpack", unpack, METH_VARARGS, "Packed bytes to indices."},
     {"index_max", index_max, METH_VARARGS, "Largest index in packed bytes."},

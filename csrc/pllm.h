@@ -96,8 +96,25 @@ typedef int pllm_nearest_fn(const float *z, ptrdiff_t n, const float *codebook, 
                             const float *weight, const float *bias, int32_t *index, float *error,
                             int threads);
 
+/* A codebook made ready for many searches: a tree that finds the same index as the scan over all
+ * codewords while looking at few of them (tree.h). Depends on the instruction set: a tree is searched by
+ * the kernels that built it. */
+typedef struct pllm_tree pllm_tree;
+
+/* *tree = a new tree of this codebook, which it copies; release it with free(). NULL on failure.
+ * codebook: (k, d).  weight: (d) or NULL.  bias: (k) or NULL.  Returns PLLM_OK or PLLM_ENOMEM. */
+typedef int pllm_tree_build_fn(pllm_tree **tree, const float *codebook, int k, int d,
+                               const float *weight, const float *bias, int threads);
+
+/* What nearest gives for the tree's codebook, bit for bit.
+ * previous: (n) or NULL, a guess of each index, each 0..k-1: the closer, the faster; may be `index`.
+ * z: (n, d).  index: (n).  error: (n) or NULL.  Returns PLLM_OK or PLLM_ENOMEM. */
+typedef int pllm_tree_search_fn(const pllm_tree *tree, const float *z, ptrdiff_t n,
+                                const int32_t *previous, int32_t *index, float *error, int threads);
+
 #define PLLM_SEARCH_KERNELS(X) \
-    X(codebook_prepare) X(codebook_prepare_score) X(search_slice) X(nearest)
+    X(codebook_prepare) X(codebook_prepare_score) X(search_slice) X(nearest) X(tree_build) \
+    X(tree_search)
 
 /* ---- pack (pack.c) --------------------------------------------------------------------------- */
 

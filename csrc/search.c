@@ -1,6 +1,7 @@
-/* search.c - exact nearest codeword by brute force. Compiled once per instruction set.
+/* search.c - exact nearest codeword by a scan over all, or by a tree where that is quicker (tree.h).
+ * Compiled once per instruction set.
  *
- * Queries lie in the lanes, codewords are broadcast. A tile of CODEWORDS x VECTORS scores stays in
+ * The scan: queries lie in the lanes, codewords are broadcast. A tile of CODEWORDS x VECTORS scores stays in
  * registers while the d fused multiply-adds run, so that loads never bind. Only the smallest score of
  * each block of 32 codewords is kept on the way; the winning block is scored again at the end for its
  * lowest index.
@@ -213,9 +214,9 @@ void PLLM_SYM(pllm_search_slice)(const pllm_codebook *cb, const float *z, ptrdif
     search_of[cb->d](cb, z, n, index, error, &p);
 }
 
-int PLLM_SYM(pllm_nearest)(const float *z, ptrdiff_t n, const float *codebook, int k, int d,
-                           const float *weight, const float *bias, int32_t *index, float *error,
-                           int threads)
+/* The scan over all codewords. */
+static int scan(const float *z, ptrdiff_t n, const float *codebook, int k, int d, const float *weight,
+                const float *bias, int32_t *index, float *error, int threads)
 {
     int status = PLLM_ENOMEM;
     const size_t scratch_floats = pllm_search_scratch_floats(d);
@@ -240,5 +241,27 @@ int PLLM_SYM(pllm_nearest)(const float *z, ptrdiff_t n, const float *codebook, i
 done:
     free(scratch);
     free(blocks);
+    return status;
+}
+
+/* Is it worth building a tree for n queries? Measured: with fewer codewords the scan is as quick, and
+ * with fewer queries than 40000 / d building takes longer than what is gained. */
+static int tree_pays(ptrdiff_t n, int k, int d)
+{
+    return k >= (d <= 4 ? 2048 : d <= 8 ? 4096 : d <= 12 ? 16384 : PLLM_MAX_CODEWORDS + 1) &&
+           n >= 40000 / d;
+}
+
+int PLLM_SYM(pllm_nearest)(const float *z, ptrdiff_t n, const float *codebook, int k, int d,
+                           const float *weight, const float *bias, int32_t *index, float *error,
+                           int threads)
+{
+    if (!tree_pays(n, k, d))
+        return scan(z, n, codebook, k, d, weight, bias, index, error, threads);
+    pllm_tree *tree;
+    int status = PLLM_SYM(pllm_tree_build)(&tree, codebook, k, d, weight, bias, threads);
+    if (status == PLLM_OK)
+        status = PLLM_SYM(pllm_tree_search)(tree, z, n, NULL, index, error, threads);
+    free(tree);
     return status;
 }

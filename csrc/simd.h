@@ -18,7 +18,10 @@
  * Convert vf_from_i exact up to 2^24; vi_from_f to nearest, ties to even, |value| < 2^31;
  *         vf_bits vi_bits reinterpret
  * Compare vf_lt vf_le vf_eq (false on NaN) vi_lt vi_eq; vm_and vm_or vm_not vm_any;
- *         vm_bits: bit i = lane i;  vf_select(m, a, b), vi_select = m ? a : b
+ *         vf_lowest(a): the smallest lane (no NaN in it);  vm_bits: bit i = lane i;
+ *         vf_select(m, a, b), vi_select = m ? a : b, vi_keep(m, a) = m ? a : 0;
+ *         vi_compress(p, a, m) writes the lanes of a where m holds to p, in order, and returns how many;
+ *         the rest of the VF_WIDTH places at p gets anything
  *
  * Every operation is rounded the same way on every instruction set: a kernel that works lane by lane
  * gives the same bits everywhere. Sums over many values go through vf16 (below).

@@ -4,6 +4,8 @@
 
 #include <immintrin.h>
 
+#include "simd_pack4.h"
+
 #define VF_WIDTH 8
 
 typedef __m256 vf;
@@ -84,6 +86,25 @@ static inline unsigned vm_bits(vm a) { return (unsigned)_mm256_movemask_ps(a); }
 static inline int vm_any(vm a) { return _mm256_movemask_ps(a) != 0; }
 static inline vf vf_select(vm m, vf a, vf b) { return _mm256_blendv_ps(b, a, m); }
 static inline vi vi_select(vm m, vi a, vi b) { return vi_bits(_mm256_blendv_ps(vf_bits(b), vf_bits(a), m)); }
+static inline vi vi_keep(vm m, vi a) { return _mm256_and_si256(vi_bits(m), a); }
+static inline float vf_lowest(vf a)
+{
+    __m128 low = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    low = _mm_min_ps(low, _mm_movehl_ps(low, low));
+    return _mm_cvtss_f32(_mm_min_ss(low, _mm_movehdup_ps(low)));
+}
+static inline int vi_compress(int32_t *p, vi a, vm m)
+{
+    const unsigned bits = vm_bits(m), low = bits & 15, high = bits >> 4;
+    const int first = __builtin_popcount(low);
+    const __m128i pack_low = _mm_loadu_si128(VF_HALF(pack4[low]));
+    const __m128i pack_high = _mm_loadu_si128(VF_HALF(pack4[high]));
+    _mm_storeu_si128((__m128i *)(void *)p,
+                     _mm_shuffle_epi8(_mm256_castsi256_si128(a), pack_low));
+    _mm_storeu_si128((__m128i *)(void *)(p + first),
+                     _mm_shuffle_epi8(_mm256_extracti128_si256(a, 1), pack_high));
+    return first + __builtin_popcount(high);
+}
 
 #undef VF_PACKED
 #undef VF_HALF

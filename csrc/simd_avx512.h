@@ -85,6 +85,8 @@ static inline void vi_sum4(int32_t *sums, vi a, vi b, vi c, vi d)
     _mm_storeu_si128((__m128i *)(void *)sums,
                      _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
 }
+static inline vi vi_keep(vm m, vi a) { return _mm512_maskz_mov_epi32(m, a); }
+
 #ifdef PLLM_SIMDE
 /* What SIMDe lacks, or does with other rounding or other NaN rules, lane by lane. */
 #define VF_LANES for (int i = 0; i < VF_WIDTH; i++)
@@ -142,6 +144,21 @@ static inline void vi_store_i16(int16_t *p, vi a)
     vi_store(x, a);
     VF_LANES p[i] = (int16_t)x[i];
 }
+static inline float vf_lowest(vf a)
+{
+    float x[VF_WIDTH];
+    vf_store(x, a);
+    VF_LANES x[0] = x[i] < x[0] ? x[i] : x[0];
+    return x[0];
+}
+static inline int vi_compress(int32_t *p, vi a, vm m)
+{
+    int32_t x[VF_WIDTH];
+    int n = 0;
+    vi_store(x, a);
+    VF_LANES if (m >> i & 1) p[n++] = x[i];
+    return n;
+}
 #define VF_WIDEN(name, T) \
     static inline vi name(const T *p) \
     { \
@@ -158,6 +175,12 @@ VF_WIDEN(vi_load_u16, uint16_t)
 static inline void vi_store_i16(int16_t *p, vi a)
 {
     _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(a));
+}
+static inline float vf_lowest(vf a) { return _mm512_reduce_min_ps(a); }
+static inline int vi_compress(int32_t *p, vi a, vm m)
+{
+    vi_store(p, _mm512_maskz_compress_epi32(m, a));
+    return __builtin_popcount(m);
 }
 static inline vi vi_sra(vi a, int n) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128(n)); }
 static inline vi vi_load_i8(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(VF_QUARTER(p))); }

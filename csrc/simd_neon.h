@@ -4,6 +4,8 @@
 
 #include <arm_neon.h>
 
+#include "simd_pack4.h"
+
 #define VF_WIDTH 4
 
 typedef float32x4_t vf;
@@ -59,6 +61,15 @@ static inline unsigned vm_bits(vm a)
 static inline int vm_any(vm a) { return vmaxvq_u32(a) != 0; }
 static inline vf vf_select(vm m, vf a, vf b) { return vbslq_f32(m, a, b); }
 static inline vi vi_select(vm m, vi a, vi b) { return vbslq_s32(m, a, b); }
+
+static inline vi vi_keep(vm m, vi a) { return vandq_s32(vreinterpretq_s32_u32(m), a); }
+static inline float vf_lowest(vf a) { return vminvq_f32(a); }
+static inline int vi_compress(int32_t *p, vi a, vm m)
+{
+    const unsigned bits = vm_bits(m);
+    vst1q_s32(p, vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(a), vld1q_u8(pack4[bits]))));
+    return __builtin_popcount(bits);
+}
 
 static inline vf vf_add(vf a, vf b) { return vaddq_f32(a, b); }
 static inline vf vf_sub(vf a, vf b) { return vsubq_f32(a, b); }

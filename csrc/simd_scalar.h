@@ -90,13 +90,30 @@ VF_OP2(vm_or, vm, vm, a.v[i] | b.v[i])
 VF_OP1(vm_not, vm, vm, ~a.v[i])
 VF_OP3(vf_select, vf, vm, vf, a.v[i] ? b.v[i] : c.v[i])
 VF_OP3(vi_select, vi, vm, vi, a.v[i] ? b.v[i] : c.v[i])
+static inline vi vi_keep(vm m, vi a) { VF_LANES a.v[i] &= m.v[i]; return a; }
 static inline unsigned vm_bits(vm a)
 {
     unsigned r = 0;
     VF_LANES r |= (unsigned)(a.v[i] & 1) << i;
     return r;
 }
+static inline float vf_lowest(vf a)
+{
+    float low = a.v[0];
+    VF_LANES low = a.v[i] < low ? a.v[i] : low;
+    return low;
+}
 static inline int vm_any(vm a) { return vm_bits(a) != 0; }
+static inline int vi_compress(int32_t *p, vi a, vm m)
+{
+    int n = 0;
+    VF_LANES
+    {
+        p[n] = a.v[i];
+        n -= m.v[i];
+    }
+    return n;
+}
 
 #undef VF_LANES
 #undef VF_OP1

@@ -143,6 +143,48 @@ def nearest(
     return (index, error) if return_error else index
 
 
+class SearchIndex:
+    """A codebook made ready for many calls of :func:`nearest`, whose results it gives bit for bit.
+
+    Takes a copy of the codebook. :func:`nearest` builds one by itself where that pays for a single
+    call, so this is for a codebook that is searched several times, or with a good guess at hand.
+
+    Args:
+        codebook: (K, d) codewords, K in 1..65536, d in 1..16.
+        weight: (d,) weight of each dimension, default 1.
+        bias: (K,) added to the distance of each codeword, default 0.
+    """
+
+    def __init__(
+        self, codebook: Floats, *, weight: Floats | None = None, bias: Floats | None = None
+    ) -> None:
+        self._index = _kernels.search_index(codebook, weight, bias, _threads())
+
+    @overload
+    def nearest(
+        self, z: Floats, *, previous: Ints | None = None, return_error: Literal[False] = False
+    ) -> Ints: ...
+    @overload
+    def nearest(
+        self, z: Floats, *, previous: Ints | None = None, return_error: Literal[True]
+    ) -> tuple[Ints, Floats]: ...
+    def nearest(
+        self, z: Floats, *, previous: Ints | None = None, return_error: bool = False
+    ) -> Ints | tuple[Ints, Floats]:
+        """Index of the nearest codeword of each row, as :func:`nearest` defines it.
+
+        Args:
+            z: (n, d) queries.
+            previous: int32 (n,), a guess of each index, which saves time and changes nothing else.
+            return_error: also return the weighted squared distance plus bias.
+
+        Returns:
+            int32 (n,), and float32 (n,) with ``return_error``.
+        """
+        index, error = _kernels.search(self._index, z, previous, return_error, _threads())
+        return (index, error) if return_error else index
+
+
 def pack(index: Ints, bits: int) -> Bytes:
     """Rows of indices as LSB-first bit streams, each row padded to whole bytes.
 

@@ -156,3 +156,128 @@ def test_strided_and_read_only_input(isa):
     view = raw[1:].view(np.float32).reshape(20, 8)
     view[:] = fixed
     assert np.array_equal(kernels.nearest(view, codebook), expected)
+
+
+def spread(kind, seed, n, d):
+    """Data that is hard for a search tree in one way each."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d))
+    match kind:
+        case "heavy tails":
+            x = rng.standard_t(3, size=(n, d))
+        case "ties":
+            x = np.round(x * 2)
+        case "clusters":
+            x = rng.normal(size=(12, d))[rng.integers(12, size=n)] + 1e-3 * x
+        case "outliers":
+            x[:: max(1, n // 7)] *= 1e6
+        case "denormal":
+            x *= 1e-40
+        case "far from zero":
+            x = 1e4 + 1e-2 * x
+        case "all equal":
+            x[:] = 0.5
+        case "one line":
+            x = x[:, :1] * np.arange(1, d + 1)
+    return x.astype(np.float32)
+
+
+SPREADS = ["normal", "heavy tails", "ties", "clusters", "outliers", "denormal", "far from zero"]
+SPREADS += ["all equal", "one line"]
+
+
+def scan(z, codebook, **options):
+    """The search over all codewords: what `nearest` does with few queries."""
+    parts = [kernels.nearest(z[i : i + 100], codebook, **options) for i in range(0, len(z), 100)]
+    return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+
+@pytest.mark.parametrize("kind", SPREADS)
+def test_an_index_gives_what_the_scan_gives(isa, threads, kind):
+    for d, count in [(1, 3000), (2, 2500), (4, 4100), (7, 1500), (8, 4097), (16, 700)]:
+        codebook, z = spread(kind, 1, count, d), spread(kind, 2, 300, d)
+        codebook[-50:] = codebook[:50]
+        weight = np.abs(normals(3, d)) if d & 1 else None
+        bias = np.abs(normals(4, count)) if d > 4 else None
+        expected = scan(z, codebook, weight=weight, bias=bias)
+        index = kernels.SearchIndex(codebook, weight=weight, bias=bias)
+        assert np.array_equal(index.nearest(z), expected)  # may choose the scan
+        for guess in (None, np.zeros(300, np.int32), expected):
+            for first in range(0, 300, 64):  # so few queries always go through the tree
+                part = slice(first, first + 64)
+                previous = None if guess is None else guess[part]
+                assert np.array_equal(index.nearest(z[part], previous=previous), expected[part])
+
+
+def test_index_error_and_optimality(isa):
+    z, codebook, bias = normals(1, 64, 8), normals(2, 5000, 8), np.abs(normals(3, 5000))
+    weight = np.abs(normals(4, 8))
+    index, error = kernels.SearchIndex(codebook, weight=weight, bias=bias).nearest(
+        z, return_error=True
+    )
+    exact = reference.distances(z, codebook, weight=weight, bias=bias)
+    chosen = exact[np.arange(64), index]
+    assert (chosen <= exact.min(axis=1) + score_tolerance(z, codebook, weight, bias)).all()
+    np.testing.assert_allclose(error, chosen, rtol=1e-5)
+    twin = reference.SearchIndex(codebook, weight=weight, bias=bias)
+    assert np.array_equal(twin.nearest(z, previous=index), index)
+
+
+@pytest.mark.parametrize(("d", "count"), [(1, 4096), (2, 4096), (4, 8192), (8, 16384)])
+def test_many_queries_give_what_few_give(isa, threads, d, count):
+    codebook, z = spread("heavy tails", 1, count, d), spread("heavy tails", 2, 40000 // d + 77, d)
+    z[5], z[100, 0] = np.nan, 1e30
+    index, error = kernels.nearest(z, codebook, return_error=True)  # builds a tree
+    some = np.r_[0:5, 6:100, 101:400, len(z) - 200 : len(z)]
+    assert np.array_equal(index[some], scan(z[some], codebook))
+    assert index.min() >= 0 and index.max() < count
+    rows = codebook[index[some]].astype(np.float64)
+    distance = np.square(z[some].astype(np.float64) - rows).sum(axis=1)
+    np.testing.assert_allclose(error[some], distance, rtol=1e-5, atol=1e-30)
+
+
+def test_an_index_does_not_depend_on_threads_and_outlives_its_codebook(monkeypatch):
+    codebook, z = normals(1, 4096, 4), normals(2, 30000, 4)
+    expected = scan(z, codebook)
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(kernels, "_threads", lambda threads=threads: threads)
+        copy = codebook.copy()
+        index = kernels.SearchIndex(copy)
+        copy[:] = 0
+        assert np.array_equal(index.nearest(z), expected)
+        assert np.array_equal(index.nearest(z, previous=expected), expected)
+
+
+def test_an_index_belongs_to_its_instruction_set():
+    before = kernels.isa()
+    codebook, z = normals(1, 3000, 5), normals(2, 64, 5)
+    for builder in kernels.available_isas():
+        kernels.set_isa(builder)
+        index = kernels.SearchIndex(codebook)
+        for searcher in kernels.available_isas():
+            kernels.set_isa(searcher)
+            assert np.array_equal(index.nearest(z), scan(z, codebook))
+    kernels.set_isa(before)
+
+
+def test_index_without_queries_and_of_few_codewords(isa):
+    for count in (1, 2, 7, 8, 9):
+        index = kernels.SearchIndex(normals(1, count, 3))
+        assert index.nearest(np.empty((0, 3), np.float32)).shape == (0,)
+        z = normals(2, 20, 3)
+        assert np.array_equal(index.nearest(z), scan(z, normals(1, count, 3)))
+
+
+def test_index_refuses_what_does_not_fit():
+    index = kernels.SearchIndex(normals(1, 50, 4))
+    z = normals(2, 10, 4)
+    with pytest.raises(ValueError, match=r"previous: got a value outside 0..49"):
+        index.nearest(z, previous=np.full(10, 50, np.int32))
+    with pytest.raises(ValueError, match=r"previous: got int32 \(9,\), want int32 \(10,\)"):
+        index.nearest(z, previous=np.zeros(9, np.int32))
+    with pytest.raises(TypeError, match=r"z: got float64 \(10, 4\), want float32 \(n, 4\)"):
+        index.nearest(z.astype(np.float64))
+    with pytest.raises(ValueError, match=r"z: got float32 \(10, 3\), want float32 \(n, 4\)"):
+        index.nearest(normals(2, 10, 3))
+    with pytest.raises(ValueError, match="bias: got"):
+        kernels.SearchIndex(normals(1, 50, 4), bias=np.zeros(49, np.float32))

@@ -108,7 +108,25 @@ static void check_ints(int round)
     MASK(vi_lt(a, b), m[i] < n[i]);
     MASK(vi_eq(a, b), m[i] == n[i]);
     INTS(vi_select(vi_lt(a, b), a, vi_xor(a, b)), m[i] < n[i] ? m[i] : m[i] ^ n[i]);
+    INTS(vi_keep(vi_lt(a, b), a), m[i] < n[i] ? m[i] : 0);
     FLOATS(vf_from_i(a), (float)m[i]);
+}
+
+static void check_across(int round)
+{
+    float x[W], low;
+    int32_t m[W], n[W], packed[W], wanted[W];
+    int count = 0;
+    for (int i = 0; i < W; i++)
+        x[i] = random_normal();
+    low = x[0];
+    EACH_LANE low = x[i] < low ? x[i] : low;
+    CHECK(vf_lowest(vf_load(x)) == low, "vf_lowest");
+    fill_ints(m, round), fill_ints(n, round);
+    EACH_LANE if (m[i] < n[i]) wanted[count++] = m[i];
+    CHECK(vi_compress(packed, vi_load(m), vi_lt(vi_load(m), vi_load(n))) == count &&
+              memcmp(packed, wanted, (size_t)count * sizeof *wanted) == 0,
+          "vi_compress of %d lanes", count);
 }
 
 /* Loads of small types from arrays of exactly the size that may be read. */
@@ -188,6 +206,7 @@ void PLLM_SYM(check_simd)(void)
     for (int round = 0; round < 200; round++) {
         check_floats(round);
         check_ints(round);
+        check_across(round);
         check_loads();
         check_shorts();
         check_vf16();

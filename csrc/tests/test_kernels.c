@@ -7,6 +7,7 @@ void test_pack(const pllm_kernels *k);
 void test_search(const pllm_kernels *k);
 void test_simd(const pllm_kernels *k);
 void test_training(const pllm_kernels *k);
+void test_tree(const pllm_kernels *k);
 
 static const struct {
     const char *name;
@@ -18,6 +19,7 @@ static const struct {
     {"search", test_search},
     {"simd", test_simd},
     {"training", test_training},
+    {"tree", test_tree},
 };
 
 long check_count, check_failures;

@@ -2,7 +2,7 @@
 
 from pocketllm.reference.feedback import encode_feedback
 from pocketllm.reference.inference import decode_row_list, decode_rows, matmul
-from pocketllm.reference.search import distances, index_max, nearest, pack, unpack
+from pocketllm.reference.search import SearchIndex, distances, index_max, nearest, pack, unpack
 from pocketllm.reference.training import (
     TrainStep,
     adam,
@@ -19,6 +19,7 @@ from pocketllm.reference.training import (
 )
 
 __all__ = [
+    "SearchIndex",
     "TrainStep",
     "adam",
     "cluster_sums",

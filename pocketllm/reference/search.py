@@ -26,6 +26,31 @@ def nearest(
     return index, np.take_along_axis(distance, index[:, None], axis=1)[:, 0].astype(np.float32)
 
 
+class SearchIndex:
+    """As :class:`pocketllm.kernels.SearchIndex`: a codebook to be searched several times."""
+
+    def __init__(
+        self,
+        codebook: NDArray[np.float32],
+        *,
+        weight: NDArray[np.float32] | None = None,
+        bias: NDArray[np.float32] | None = None,
+    ) -> None:
+        self._codebook, self._weight, self._bias = codebook, weight, bias
+
+    def nearest(
+        self,
+        z: NDArray[np.float32],
+        *,
+        previous: NDArray[np.int32] | None = None,
+        return_error: bool = False,
+    ) -> NDArray[np.int32] | tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """As :func:`nearest`; ``previous``, a guess of the result, is not needed here."""
+        return nearest(
+            z, self._codebook, weight=self._weight, bias=self._bias, return_error=return_error
+        )
+
+
 def distances(
     z: NDArray[np.float32],
     codebook: NDArray[np.float32],

@@ -1,0 +1,425 @@
+/* tree_search.c - exact nearest codeword through the search tree (tree.h, where the proof stands).
+ * Compiled once per instruction set.
+ *
+ * A thread takes a batch of queries, orders them by the leaf they lie in, so that neighbours in time are
+ * neighbours in space and find what they need in cache, and searches one query after another: its own
+ * leaf, then the leaves near it, for a tight first guess; then every leaf whose box is closer than the
+ * guess. Boxes and codewords lie in the lanes. Where a query would have to look at too much (long
+ * sub-vectors, few codewords), the whole search goes to the plain scan; a probe of some queries decides.
+ */
+#include "tree.h"
+
+#include <assert.h>
+#include <omp.h>
+
+enum {
+    BATCH = 1 << 17, /* queries ordered together */
+    TEAM = 32,       /* neighbours that go through the tree together: bits of a mask */
+    PROBE = 64,      /* queries of the probe */
+    ROUTE = 8        /* queries led to their leaves at the same time, to hide latency */
+};
+
+/* Boxes of one level, and for which members of the team each may hold something better. */
+typedef struct {
+    int32_t *box, *members;
+} box_list;
+
+/* Memory of one thread. */
+typedef struct {
+    int32_t *key, *sorted; /* (BATCH) leaf of each query; the queries in order of their leaves */
+    int32_t *start;        /* (leaf_count + 2) */
+    box_list list[2];      /* on two levels of the tree */
+    box_list own;          /* (TEAM) boxes that have been searched, and for whom */
+    int own_count;
+    float *scan;           /* of the plain scan */
+} memory;
+
+/* Queries under way. */
+typedef struct {
+    const pllm_tree *tree;
+    int size;
+    float x[TEAM][PLLM_MAX_SUBVECTOR], scaled[TEAM][PLLM_MAX_SUBVECTOR];
+    double square[TEAM], tiny[TEAM]; /* (1 + K) |X|^2, and TREE_TINY (1 + |x|_1 + |X|_1) */
+    float best[TEAM], threshold[TEAM];
+    int32_t index[TEAM];
+    long boxes, leaves; /* looked at */
+} team;
+
+/* A list holds every box of a level, and vi_compress writes past its end. */
+static size_t list_places(const pllm_tree *tree) { return (size_t)tree->leaf_count + 2 * TREE_FAN; }
+
+static size_t memory_floats(const pllm_tree *tree)
+{
+    return 2 * BATCH + 4 * list_places(tree) + 2 * TEAM + (size_t)tree->leaf_count + 2 +
+           pllm_search_scratch_floats(tree->codebook.d);
+}
+
+static memory place_memory(const pllm_tree *tree, float *floats)
+{
+    const size_t places = list_places(tree);
+    int32_t *ints = (int32_t *)(void *)floats;
+    memory m = {.key = ints, .sorted = ints + BATCH};
+    ints += 2 * BATCH;
+    m.list[0] = (box_list){ints, ints + places};
+    m.list[1] = (box_list){ints + 2 * places, ints + 3 * places};
+    m.own = (box_list){ints + 4 * places, ints + 4 * places + TEAM};
+    m.start = ints + 4 * places + 2 * TEAM;
+    m.scan = (float *)(void *)(m.start + tree->leaf_count + 2);
+    return m;
+}
+
+PLLM_INLINE void set_threshold(team *t, int i, const int d)
+{
+    const double v = 2.0 * (double)t->best[i] + t->square[i];
+    t->threshold[i] = (float)(v + tree_slack(d) * fabs(v) + t->tiny[i]);
+}
+
+/* The lowest score of a leaf is new: the best is the lowest index of the lowest score. */
+PLLM_INLINE void take_best(team *t, int i, int leaf, const vf *score, const int d, const int size)
+{
+    const int32_t *order = t->tree->order + (ptrdiff_t)leaf * size;
+    vf low = score[0];
+    uint32_t equal = 0;
+    PLLM_UNROLL
+    for (int v = 1; v < size / VF_WIDTH; v++)
+        low = vf_min(low, score[v]);
+    const float lowest = vf_lowest(low);
+    PLLM_UNROLL
+    for (int v = 0; v < size / VF_WIDTH; v++)
+        equal |= vm_bits(vf_eq(score[v], vf_set1(lowest))) << (v * VF_WIDTH);
+    int32_t index = order[__builtin_ctz(equal)];
+    while (equal &= equal - 1) {
+        const int32_t other = order[__builtin_ctz(equal)];
+        index = other < index ? other : index;
+    }
+    t->index[i] = lowest < t->best[i] || index < t->index[i] ? index : t->index[i];
+    t->best[i] = lowest;
+    set_threshold(t, i, d);
+}
+
+/* The lowest bit of a mask that is not zero, which is taken away. */
+PLLM_INLINE int next_member(uint32_t *members)
+{
+    const int i = __builtin_ctz(*members);
+    *members &= *members - 1;
+    return i;
+}
+
+/* Scores the codewords of a leaf for some members, two at a time. */
+PLLM_INLINE void scan_leaf(team *t, int leaf, uint32_t members, const int d, const int size)
+{
+    const float *c = t->tree->leaves + (size_t)leaf * (size_t)((d + 1) * size);
+    while (members) {
+        vf score[2][TREE_LEAF_MAX / VF_WIDTH];
+        vm close[2];
+        int member[2];
+        member[0] = next_member(&members);
+        member[1] = members ? next_member(&members) : member[0];
+        PLLM_UNROLL
+        for (int v = 0; v < size / VF_WIDTH; v++)
+            score[0][v] = score[1][v] = vf_load(c + v * VF_WIDTH);
+        PLLM_UNROLL
+        for (int j = 0; j < d; j++) {
+            const vf x[2] = {vf_set1(t->x[member[0]][j]), vf_set1(t->x[member[1]][j])};
+            PLLM_UNROLL
+            for (int v = 0; v < size / VF_WIDTH; v++) {
+                const vf cj = vf_load(c + (j + 1) * size + v * VF_WIDTH);
+                score[0][v] = vf_fma(x[0], cj, score[0][v]);
+                score[1][v] = vf_fma(x[1], cj, score[1][v]);
+            }
+        }
+        PLLM_UNROLL
+        for (int i = 0; i < 2; i++) {
+            const vf best = vf_set1(t->best[member[i]]);
+            close[i] = vf_le(score[i][0], best);
+            PLLM_UNROLL
+            for (int v = 1; v < size / VF_WIDTH; v++)
+                close[i] = vm_or(close[i], vf_le(score[i][v], best));
+        }
+        if (vm_any(vm_or(close[0], close[1])))
+            for (int i = 0; i < 2; i++)
+                if (vm_any(close[i]))
+                    take_best(t, member[i], leaf, score[i], d, size);
+        t->leaves += 2;
+    }
+}
+
+/* Appends to `to` the boxes of a group that may hold something better for some of the members; returns
+ * the new count. */
+PLLM_INLINE int test_group(team *t, int level, int group, uint32_t members, const box_list *to,
+                           int count, const int d)
+{
+    const float *b = t->tree->boxes[level] + (size_t)group * (size_t)((2 * d + 1) * TREE_FAN);
+    vi close[TREE_FAN / VF_WIDTH];
+    PLLM_UNROLL
+    for (int v = 0; v < TREE_FAN / VF_WIDTH; v++)
+        close[v] = vi_set1(0);
+    while (members) {
+        const int i = next_member(&members), k = members ? next_member(&members) : i;
+        const vi bit[2] = {vi_set1((int32_t)(UINT32_C(1) << i)), vi_set1((int32_t)(UINT32_C(1) << k))};
+        const vf threshold[2] = {vf_set1(t->threshold[i]), vf_set1(t->threshold[k])};
+        PLLM_UNROLL
+        for (int v = 0; v < TREE_FAN / VF_WIDTH; v++) {
+            vf low[2];
+            low[0] = low[1] = vf_load(b + v * VF_WIDTH);
+            PLLM_UNROLL
+            for (int j = 0; j < d; j++) {
+                const float *at = b + (2 * j + 1) * TREE_FAN + v * VF_WIDTH;
+                const vf x[2] = {vf_set1(t->scaled[i][j]), vf_set1(t->scaled[k][j])};
+                const vf lo = vf_load(at), hi = vf_load(at + TREE_FAN);
+                const vf gap[2] = {vf_sub(x[0], vf_min(vf_max(x[0], lo), hi)),
+                                   vf_sub(x[1], vf_min(vf_max(x[1], lo), hi))};
+                low[0] = vf_fma(gap[0], gap[0], low[0]);
+                low[1] = vf_fma(gap[1], gap[1], low[1]);
+            }
+            close[v] = vi_or(close[v], vi_keep(vf_le(low[0], threshold[0]), bit[0]));
+            close[v] = vi_or(close[v], vi_keep(vf_le(low[1], threshold[1]), bit[1]));
+        }
+        t->boxes += 2;
+    }
+    PLLM_UNROLL
+    for (int v = 0; v < TREE_FAN / VF_WIDTH; v++) {
+        const vm some = vm_not(vi_eq(close[v], vi_set1(0)));
+        vi_compress(to->members + count, close[v], some);
+        count += vi_compress(to->box + count,
+                             vi_add(vi_set1(group * TREE_FAN + v * VF_WIDTH), vi_iota()), some);
+    }
+    return count;
+}
+
+/* Takes away from the `count` boxes of m->list[level & 1] what m->own says has been searched. */
+PLLM_INLINE void leave_out_own(int count, const memory *m, int level)
+{
+    const box_list *list = &m->list[level & 1], *own = &m->own;
+    for (int k = 0; k < m->own_count; k++)
+        for (int i = 0; i < count; i++)
+            list->members[i] &= list->box[i] == own->box[k] ? ~own->members[k] : -1;
+}
+
+/* Searches the leaves below the `count` boxes of m->list[level & 1]. With `own`, those of the next level
+ * in m->own have been searched. */
+PLLM_INLINE void descend(team *t, int level, int count, int own, const memory *m, const int d,
+                         const int size)
+{
+    for (; level > 0; level--) {
+        const box_list *from = &m->list[level & 1], *to = &m->list[(level - 1) & 1];
+        int found = 0;
+        for (int i = 0; i < count; i++)
+            found = test_group(t, level - 1, from->box[i], (uint32_t)from->members[i], to, found, d);
+        count = found;
+        if (own)
+            leave_out_own(count, m, level - 1);
+        own = 0;
+    }
+    for (int i = 0; i < count; i++)
+        scan_leaf(t, m->list[0].box[i], (uint32_t)m->list[0].members[i], d, size);
+}
+
+/* Loads query i and scores its guess, a codeword or -1. */
+PLLM_INLINE void load_query(team *t, int i, const float *z, int32_t guess, const int d)
+{
+    const pllm_tree *tree = t->tree;
+    double square = 0.0, size = 0.0;
+    for (int j = 0; j < d; j++) {
+        t->x[i][j] = z[j];
+        t->scaled[i][j] = tree->weighted ? tree->root_weight[j] * z[j] : z[j];
+        square += (double)t->scaled[i][j] * (double)t->scaled[i][j];
+        size += fabs((double)z[j]) + fabs((double)t->scaled[i][j]);
+    }
+    t->square[i] = square * (1.0 + tree_slack(d));
+    t->tiny[i] = TREE_TINY * (1.0 + size);
+    t->best[i] = INFINITY;
+    t->index[i] = INT32_MAX;
+    if (guess >= 0) {
+        const int block = PLLM_CODEBOOK_BLOCK;
+        const float *c = tree->codebook.blocks + (size_t)(guess / block * (d + 1)) * (size_t)block +
+                         guess % block;
+        t->best[i] = c[0];
+        for (int j = 0; j < d; j++)
+            t->best[i] = fmaf(z[j], c[(j + 1) * block], t->best[i]);
+        t->index[i] = guess;
+        set_threshold(t, i, d);
+    }
+}
+
+/* The boxes of a level that the members' leaves lie in; returns their number. */
+PLLM_INLINE int own_boxes(const team *t, const int32_t *leaf, int level, const box_list *list)
+{
+    int count = 0, fan = 1;
+    for (int i = 0; i < level; i++)
+        fan *= TREE_FAN;
+    for (int i = 0; i < t->size; i++) {
+        if (i == 0 || leaf[i] / fan != list->box[count - 1]) {
+            list->box[count] = leaf[i] / fan;
+            list->members[count++] = 0;
+        }
+        list->members[count - 1] |= (int32_t)(UINT32_C(1) << i);
+    }
+    return count;
+}
+
+/* The groups of the top level, each for all members; returns their number. */
+PLLM_INLINE int top_groups(const team *t, const box_list *list)
+{
+    const int count = (t->tree->box_count[t->tree->level_count - 1] + TREE_FAN - 1) / TREE_FAN;
+    for (int group = 0; group < count; group++) {
+        list->box[group] = group;
+        list->members[group] = (int32_t)(UINT32_MAX >> (TEAM - t->size));
+    }
+    return count;
+}
+
+/* Searches for a loaded team whose queries lie in the given leaves, in ascending order: first there,
+ * then in ever larger boxes around them, then everywhere. What one step loads serves all members, and no
+ * member waits for its own last step. */
+PLLM_INLINE void search_team(team *t, const int32_t *leaf, memory *m, const int d, const int size)
+{
+    const int levels = t->tree->level_count;
+    for (int level = 0; level <= levels; level++) {
+        const box_list *list = &m->list[level & 1];
+        const int count = level < levels ? own_boxes(t, leaf, level, list) : top_groups(t, list);
+        descend(t, level, count, level > 0, m, d, size);
+        m->own_count = own_boxes(t, leaf, level, &m->own);
+    }
+}
+
+/* key[i] = leaf that z[i] lies in, or leaf_count when it has to be scanned for. */
+PLLM_INLINE void route(const pllm_tree *tree, const float *z, int n, int32_t *key, const int d)
+{
+    for (int first = 0; first < n; first += ROUTE) {
+        const int count = n - first < ROUTE ? n - first : ROUTE;
+        float x[ROUTE][PLLM_MAX_SUBVECTOR];
+        int32_t node[ROUTE], fits[ROUTE];
+        for (int i = 0; i < ROUTE; i++) {
+            const float *from = z + (ptrdiff_t)(first + (i < count ? i : 0)) * d;
+            node[i] = fits[i] = 1;
+            for (int j = 0; j < d; j++) {
+                x[i][j] = tree->weighted ? tree->root_weight[j] * from[j] : from[j];
+                fits[i] &= fabsf(from[j]) <= TREE_LARGE && fabsf(x[i][j]) <= TREE_LARGE;
+            }
+        }
+        for (int level = 0; level < tree->depth; level++)
+            for (int i = 0; i < ROUTE; i++)
+                node[i] = 2 * node[i] + (x[i][tree->axis[node[i]]] >= tree->cut[node[i]]);
+        for (int i = 0; i < count; i++)
+            key[first + i] = fits[i] ? node[i] - (1 << tree->depth) : tree->leaf_count;
+    }
+}
+
+/* sorted = the n queries in order of their keys. */
+static void sort_queries(const pllm_tree *tree, int n, const memory *m)
+{
+    const int keys = tree->leaf_count + 1;
+    memset(m->start, 0, (size_t)(keys + 1) * sizeof *m->start);
+    for (int i = 0; i < n; i++)
+        m->start[m->key[i] + 1]++;
+    for (int i = 0; i < keys; i++)
+        m->start[i + 1] += m->start[i];
+    for (int i = 0; i < n; i++)
+        m->sorted[m->start[m->key[i]]++] = i;
+}
+
+/* The error of contract `search_slice`. */
+PLLM_INLINE float error_of(const pllm_codebook *cb, const float *x, int32_t k, const int d)
+{
+    const float *c = cb->codebook + (size_t)k * (size_t)d;
+    float sum = 0.0f;
+    for (int j = 0; j < d; j++) {
+        float e = x[j] - c[j];
+        sum = fmaf(cb->weight ? cb->weight[j] * e : e, e, sum);
+    }
+    return cb->bias ? sum + cb->bias[k] : sum;
+}
+
+/* A batch of n <= BATCH queries. Returns the work done, in units of one codeword scored by the scan;
+ * the factors are measured. */
+PLLM_INLINE double search_batch(const pllm_tree *tree, const float *z, int n, const int32_t *previous,
+                                int32_t *index, float *error, memory *m, const int d)
+{
+    team t = {.tree = tree};
+    int32_t leaf[TEAM], at[TEAM];
+    route(tree, z, n, m->key, d);
+    sort_queries(tree, n, m);
+    const int odd = m->start[tree->leaf_count - 1]; /* where those begin that the tree cannot take */
+    for (int first = 0; first < odd; first += TEAM) {
+        t.size = odd - first < TEAM ? odd - first : TEAM;
+        for (int i = 0; i < t.size; i++) {
+            at[i] = m->sorted[first + i];
+            leaf[i] = m->key[at[i]];
+            load_query(&t, i, z + (ptrdiff_t)at[i] * d, previous ? previous[at[i]] : -1, d);
+        }
+        search_team(&t, leaf, m, d, tree_leaf_size(d));
+        for (int i = 0; i < t.size; i++) {
+            index[at[i]] = t.index[i];
+            if (error)
+                error[at[i]] = error_of(&tree->codebook, t.x[i], t.index[i], d);
+        }
+    }
+    for (int i = odd; i < n; i++) {
+        const int here = m->sorted[i];
+        PLLM_SYM(pllm_search_slice)(&tree->codebook, z + (ptrdiff_t)here * d, 1, index + here,
+                                    error ? error + here : NULL, m->scan);
+    }
+    return 70.0 * (double)t.boxes + 40.0 * (double)t.leaves + 3000.0 * n / d;
+}
+
+/* One copy for each d, so that d is a constant in the inner loops. */
+#define SEARCH(D) \
+    static double search_##D(const pllm_tree *tree, const float *z, int n, const int32_t *previous, \
+                             int32_t *index, float *error, memory *m) \
+    { \
+        return search_batch(tree, z, n, previous, index, error, m, D); \
+    }
+SEARCH(1) SEARCH(2) SEARCH(3) SEARCH(4) SEARCH(5) SEARCH(6) SEARCH(7) SEARCH(8)
+SEARCH(9) SEARCH(10) SEARCH(11) SEARCH(12) SEARCH(13) SEARCH(14) SEARCH(15) SEARCH(16)
+
+typedef double search_fn(const pllm_tree *, const float *, int, const int32_t *, int32_t *, float *,
+                         memory *);
+
+static search_fn *const search_of[PLLM_MAX_SUBVECTOR + 1] = {
+    NULL,     search_1, search_2,  search_3,  search_4,  search_5,  search_6,  search_7, search_8,
+    search_9, search_10, search_11, search_12, search_13, search_14, search_15, search_16};
+
+/* Is the tree less work than the scan? Asks PROBE queries spread over all. */
+static int pays(const pllm_tree *tree, const float *z, ptrdiff_t n, memory *m)
+{
+    const int d = tree->codebook.d;
+    float x[PROBE * PLLM_MAX_SUBVECTOR];
+    int32_t index[PROBE];
+    if (n <= PROBE)
+        return 1;
+    for (int i = 0; i < PROBE; i++)
+        memcpy(x + i * d, z + n / PROBE * i * d, (size_t)d * sizeof *x);
+    return search_of[d](tree, x, PROBE, NULL, index, NULL, m) < (double)tree->codebook.k * PROBE;
+}
+
+int PLLM_SYM(pllm_tree_search)(const pllm_tree *tree, const float *z, ptrdiff_t n,
+                               const int32_t *previous, int32_t *index, float *error, int threads)
+{
+    const int d = tree->codebook.d;
+    const size_t floats = (memory_floats(tree) + 15) / 16 * 16;
+    float *all = pllm_alloc_floats((size_t)threads * floats);
+    if (!all)
+        return PLLM_ENOMEM;
+
+    memory first = place_memory(tree, all);
+    const int use_tree = tree->works && pays(tree, z, n, &first);
+    const ptrdiff_t most = use_tree ? BATCH : PLLM_SEARCH_QUERIES;
+    ptrdiff_t share = (n / threads / PROBE + 1) * PROBE;
+    share = share < most ? share : most;
+    const ptrdiff_t batches = (n + share - 1) / share;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (batches > 1)
+    for (ptrdiff_t i = 0; i < batches; i++) {
+        const ptrdiff_t start = i * share, count = n - start < share ? n - start : share;
+        memory m = place_memory(tree, all + (size_t)omp_get_thread_num() * floats);
+        float *error_at = error ? error + start : NULL;
+        if (use_tree)
+            search_of[d](tree, z + start * d, (int)count, previous ? previous + start : NULL,
+                         index + start, error_at, &m);
+        else
+            PLLM_SYM(pllm_search_slice)(&tree->codebook, z + start * d, count, index + start, error_at,
+                                        m.scan);
+    }
+    free(all);
+    return PLLM_OK;
+}
