@@ -43,6 +43,9 @@ PLLM_ALL_KERNELS(PLLM_DECLARE)
 /* Hides from the compiler what a pointer points to, so that loads through it stay where they are. */
 #define PLLM_OPAQUE(pointer) __asm__("" : "+r"(pointer))
 
+/* Asks for memory that will be read soon. */
+#define PLLM_PREFETCH(pointer) __builtin_prefetch(pointer)
+
 /* A function that is inlined wherever it is called, so that constant arguments are constants in it. */
 #if defined(PLLM_NO_UNROLL)
 #define PLLM_INLINE static inline

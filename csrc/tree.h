@@ -15,7 +15,8 @@
  * K = tree_slack(d) = 8 (d + 8) u, and its bound is the fused sum beta + sum_j gap_j^2, which exceeds
  * its exact value by at most (d + 4) u (|beta| + sum gap^2). With the score `best` in hand the bound is
  * compared with
- *     T = v + K |v| + tiny,  v = 2 best + (1 + K) |X|^2   (in double, then rounded).
+ *     T = v + K |v| + tiny,  v = 2 best + (1 + K) |X|^2,
+ * |X|^2 summed in float (off by at most d u |X|^2), the rest in double and then rounded.
  * K is several times the sum of the factors above, so a bound above T means, by (1), s > best: strictly,
  * so that ties are never cut off. `tiny`, TREE_TINY (1 + |x|_1 + |X|_1), and TREE_TINY (1 + |C|_1) taken
  * from beta, exceed what underflow can do. Inputs above TREE_LARGE, where squares might overflow, and

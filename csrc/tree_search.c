@@ -15,6 +15,7 @@
 enum {
     BATCH = 1 << 17, /* queries ordered together */
     TEAM = 32,       /* neighbours that go through the tree together: bits of a mask */
+    ABREAST = 2,     /* members of a team in the inner loops */
     PROBE = 64,      /* queries of the probe */
     ROUTE = 8        /* queries led to their leaves at the same time, to hide latency */
 };
@@ -97,50 +98,65 @@ PLLM_INLINE void take_best(team *t, int i, int leaf, const vf *score, const int 
     set_threshold(t, i, d);
 }
 
-/* The lowest bit of a mask that is not zero, which is taken away. */
-PLLM_INLINE int next_member(uint32_t *members)
+/* The next ABREAST members of a mask that is not zero, which are taken away; where there are fewer, the
+ * first fills up: what is done twice does no harm, and most masks need no second round. No branches:
+ * they would be guessed wrong half the time. */
+PLLM_INLINE void next_members(uint32_t *members, int *member)
 {
-    const int i = __builtin_ctz(*members);
-    *members &= *members - 1;
-    return i;
+    const uint32_t first = *members & -*members;
+    PLLM_UNROLL
+    for (int i = 0; i < ABREAST; i++) {
+        member[i] = __builtin_ctz(*members | (first & -(uint32_t)(*members == 0)));
+        *members &= *members - 1;
+    }
 }
 
-/* Scores the codewords of a leaf for some members, two at a time. */
+/* Scores the codewords of a leaf for some members. */
 PLLM_INLINE void scan_leaf(team *t, int leaf, uint32_t members, const int d, const int size)
 {
     const float *c = t->tree->leaves + (size_t)leaf * (size_t)((d + 1) * size);
     while (members) {
-        vf score[2][TREE_LEAF_MAX / VF_WIDTH];
-        vm close[2];
-        int member[2];
-        member[0] = next_member(&members);
-        member[1] = members ? next_member(&members) : member[0];
+        int member[ABREAST];
+        next_members(&members, member);
+        vf score[ABREAST][TREE_LEAF_MAX / VF_WIDTH];
         PLLM_UNROLL
-        for (int v = 0; v < size / VF_WIDTH; v++)
-            score[0][v] = score[1][v] = vf_load(c + v * VF_WIDTH);
+        for (int v = 0; v < size / VF_WIDTH; v++) {
+            const vf offset = vf_load(c + v * VF_WIDTH);
+            PLLM_UNROLL
+            for (int i = 0; i < ABREAST; i++)
+                score[i][v] = offset;
+        }
         PLLM_UNROLL
         for (int j = 0; j < d; j++) {
-            const vf x[2] = {vf_set1(t->x[member[0]][j]), vf_set1(t->x[member[1]][j])};
+            vf x[ABREAST];
+            PLLM_UNROLL
+            for (int i = 0; i < ABREAST; i++)
+                x[i] = vf_set1(t->x[member[i]][j]);
             PLLM_UNROLL
             for (int v = 0; v < size / VF_WIDTH; v++) {
                 const vf cj = vf_load(c + (j + 1) * size + v * VF_WIDTH);
-                score[0][v] = vf_fma(x[0], cj, score[0][v]);
-                score[1][v] = vf_fma(x[1], cj, score[1][v]);
+                PLLM_UNROLL
+                for (int i = 0; i < ABREAST; i++)
+                    score[i][v] = vf_fma(x[i], cj, score[i][v]);
             }
         }
+        vm close[ABREAST], any;
         PLLM_UNROLL
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < ABREAST; i++) {
             const vf best = vf_set1(t->best[member[i]]);
             close[i] = vf_le(score[i][0], best);
             PLLM_UNROLL
             for (int v = 1; v < size / VF_WIDTH; v++)
                 close[i] = vm_or(close[i], vf_le(score[i][v], best));
+            any = i ? vm_or(any, close[i]) : close[0];
         }
-        if (vm_any(vm_or(close[0], close[1])))
-            for (int i = 0; i < 2; i++)
+        if (vm_any(any)) {
+            PLLM_UNROLL
+            for (int i = 0; i < ABREAST; i++)
                 if (vm_any(close[i]))
                     take_best(t, member[i], leaf, score[i], d, size);
-        t->leaves += 2;
+        }
+        t->leaves += ABREAST;
     }
 }
 
@@ -155,27 +171,33 @@ PLLM_INLINE int test_group(team *t, int level, int group, uint32_t members, cons
     for (int v = 0; v < TREE_FAN / VF_WIDTH; v++)
         close[v] = vi_set1(0);
     while (members) {
-        const int i = next_member(&members), k = members ? next_member(&members) : i;
-        const vi bit[2] = {vi_set1((int32_t)(UINT32_C(1) << i)), vi_set1((int32_t)(UINT32_C(1) << k))};
-        const vf threshold[2] = {vf_set1(t->threshold[i]), vf_set1(t->threshold[k])};
+        int member[ABREAST];
+        next_members(&members, member);
         PLLM_UNROLL
         for (int v = 0; v < TREE_FAN / VF_WIDTH; v++) {
-            vf low[2];
-            low[0] = low[1] = vf_load(b + v * VF_WIDTH);
+            vf low[ABREAST];
+            PLLM_UNROLL
+            for (int i = 0; i < ABREAST; i++)
+                low[i] = vf_load(b + v * VF_WIDTH);
             PLLM_UNROLL
             for (int j = 0; j < d; j++) {
                 const float *at = b + (2 * j + 1) * TREE_FAN + v * VF_WIDTH;
-                const vf x[2] = {vf_set1(t->scaled[i][j]), vf_set1(t->scaled[k][j])};
                 const vf lo = vf_load(at), hi = vf_load(at + TREE_FAN);
-                const vf gap[2] = {vf_sub(x[0], vf_min(vf_max(x[0], lo), hi)),
-                                   vf_sub(x[1], vf_min(vf_max(x[1], lo), hi))};
-                low[0] = vf_fma(gap[0], gap[0], low[0]);
-                low[1] = vf_fma(gap[1], gap[1], low[1]);
+                PLLM_UNROLL
+                for (int i = 0; i < ABREAST; i++) {
+                    const vf x = vf_set1(t->scaled[member[i]][j]);
+                    const vf gap = vf_sub(x, vf_min(vf_max(x, lo), hi));
+                    low[i] = vf_fma(gap, gap, low[i]);
+                }
             }
-            close[v] = vi_or(close[v], vi_keep(vf_le(low[0], threshold[0]), bit[0]));
-            close[v] = vi_or(close[v], vi_keep(vf_le(low[1], threshold[1]), bit[1]));
+            PLLM_UNROLL
+            for (int i = 0; i < ABREAST; i++) {
+                const vi bit = vi_set1((int32_t)(UINT32_C(1) << member[i]));
+                const vm less = vf_le(low[i], vf_set1(t->threshold[member[i]]));
+                close[v] = vi_or(close[v], vi_keep(less, bit));
+            }
         }
-        t->boxes += 2;
+        t->boxes += ABREAST;
     }
     PLLM_UNROLL
     for (int v = 0; v < TREE_FAN / VF_WIDTH; v++) {
@@ -219,15 +241,16 @@ PLLM_INLINE void descend(team *t, int level, int count, int own, const memory *m
 PLLM_INLINE void load_query(team *t, int i, const float *z, int32_t guess, const int d)
 {
     const pllm_tree *tree = t->tree;
-    double square = 0.0, size = 0.0;
+    float square = 0.0f, size = 1.0f;
     for (int j = 0; j < d; j++) {
+        const float scaled = tree->weighted ? tree->root_weight[j] * z[j] : z[j];
         t->x[i][j] = z[j];
-        t->scaled[i][j] = tree->weighted ? tree->root_weight[j] * z[j] : z[j];
-        square += (double)t->scaled[i][j] * (double)t->scaled[i][j];
-        size += fabs((double)z[j]) + fabs((double)t->scaled[i][j]);
+        t->scaled[i][j] = scaled;
+        square = fmaf(scaled, scaled, square);
+        size += fabsf(z[j]) + fabsf(scaled);
     }
-    t->square[i] = square * (1.0 + tree_slack(d));
-    t->tiny[i] = TREE_TINY * (1.0 + size);
+    t->square[i] = (double)square * (1.0 + tree_slack(d));
+    t->tiny[i] = TREE_TINY * (double)size;
     t->best[i] = INFINITY;
     t->index[i] = INT32_MAX;
     if (guess >= 0) {
@@ -343,6 +366,8 @@ PLLM_INLINE double search_batch(const pllm_tree *tree, const float *z, int n, co
     const int odd = m->start[tree->leaf_count - 1]; /* where those begin that the tree cannot take */
     for (int first = 0; first < odd; first += TEAM) {
         t.size = odd - first < TEAM ? odd - first : TEAM;
+        for (int i = first + TEAM; i < first + 2 * TEAM && i < odd; i++)
+            PLLM_PREFETCH(z + (ptrdiff_t)m->sorted[i] * d);
         for (int i = 0; i < t.size; i++) {
             at[i] = m->sorted[first + i];
             leaf[i] = m->key[at[i]];

@@ -1,0 +1,153 @@
+"""What the benchmarks share: timing by turns, the machine's FMA peak, tables and JSON.
+
+Wall time is worth little on a busy machine, so contenders run in turns within one process, CPU time is
+taken unless a contender waits for something else than the processor, and the minimum is what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pocketllm import kernels
+
+ISA_FLAGS = {
+    "scalar": [],
+    "avx2": ["-DPLLM_ISA_AVX2", "-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        "-DPLLM_ISA_AVX512",
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    ],
+    "neon": ["-DPLLM_ISA_NEON"],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one contender over all its turns."""
+
+    minimum: float
+    median: float
+
+
+def compare(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    turns: int = 5,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, Timing]:
+    """Time each contender `turns` times, in turns: a, b, c, a, b, c, ...
+
+    clock: ``time.process_time`` counts the CPU seconds of all threads, ``time.perf_counter`` wall
+    time. Callers check the results before; the first turn also warms caches.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(turns):
+        for name, run in contenders.items():
+            start = clock()
+            run()
+            seconds[name].append(clock() - start)
+    return {name: Timing(min(s), statistics.median(s)) for name, s in seconds.items()}
+
+
+@functools.cache
+def _peak_library(isa: str) -> ctypes.CDLL | None:
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="pocketllm-peak-"))
+    target = folder / "peak.so"
+    source = Path(__file__).with_name("peak.c")
+    flags = ["-std=c11", "-O3", "-shared", "-fPIC", "-ffp-contract=off", *ISA_FLAGS[isa]]
+    try:
+        subprocess.run([compiler, *flags, str(source), "-o", str(target)], check=True)
+        library = ctypes.CDLL(str(target))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    library.fma_chain.restype = ctypes.c_float
+    library.fma_chain.argtypes = [ctypes.c_long]
+    library.flops_per_round.restype = ctypes.c_long
+    return library
+
+
+def fma_peak(turns: int = 5) -> float | None:
+    """float32 operations a second that one core reaches with the vectors in use, an FMA being two.
+
+    Measured with independent chains of FMAs in registers; None without a C compiler.
+    """
+    library = _peak_library(kernels.isa())
+    if library is None:
+        return None
+    rounds = 2_000_000
+    best = min(compare({"peak": lambda: library.fma_chain(rounds)}, turns=turns)["peak"].minimum, 1e9)
+    return library.flops_per_round() * rounds / best
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def machine(*packages: str) -> dict[str, str]:
+    """What a figure depends on: processor, instruction set, threads, versions."""
+    found = {"cpu": _cpu_name(), "cores": str(os.cpu_count()), "kernels": kernels.show_config()}
+    for package in ("numpy", *packages):
+        try:
+            found[package] = str(getattr(importlib.import_module(package), "__version__", "?"))
+        except ImportError:
+            continue
+    return found
+
+
+def print_machine(*packages: str) -> None:
+    """One line on the machine, for the head of a table."""
+    print("; ".join(f"{name}: {value}" for name, value in machine(*packages).items()))
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Rows as a Markdown table; numbers with three significant digits, missing ones as a dash."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "–"
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = [[cell(row.get(column)) for column in columns] for row in rows]
+    width = [max(len(x) for x in column) for column in zip(columns, *lines, strict=True)]
+    for line in [list(columns), ["-" * w for w in width], *lines]:
+        print("| " + " | ".join(x.rjust(w) for x, w in zip(line, width, strict=True)) + " |")
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark understands."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the plots into DIR")
+    return parser
+
+
+def write_json(path: Path | None, benchmark: str, rows: object, *packages: str) -> None:
+    """All figures of a run, with the machine; nothing when path is None."""
+    if path is not None:
+        content = {"benchmark": benchmark, "machine": machine(*packages), "rows": rows}
+        path.write_text(json.dumps(content, indent=1) + "\n")
