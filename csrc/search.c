@@ -1,10 +1,10 @@
 /* search.c - exact nearest codeword by a scan over all, or by a tree where that is quicker (tree.h).
  * Compiled once per instruction set.
  *
- * The scan: queries lie in the lanes, codewords are broadcast. A tile of CODEWORDS x VECTORS scores stays in
- * registers while the d fused multiply-adds run, so that loads never bind. Only the smallest score of
- * each block of 32 codewords is kept on the way; the winning block is scored again at the end for its
- * lowest index.
+ * The scan: queries lie in the lanes, codewords are broadcast. A tile of CODEWORDS x VECTORS scores
+ * stays in registers while the d fused multiply-adds run, so that loads never bind. Only the smallest
+ * score of each block of 32 codewords is kept on the way; the winning block is scored again at the end
+ * for its lowest index.
  */
 #include "kernel.h"
 
