@@ -2,9 +2,10 @@
 
     python benchmarks/search.py [--quick] [--json FILE] [--plots DIR]
 
-One thread, CPU time. `scan` looks at every codeword; `reused` is a SearchIndex that exists, `warm` the
-same given the right answer as its guess, `rebuilt` the building and one search. `torch` is the blocked
-matmul with argmin, `faiss` its IndexFlatL2 when it can be imported; both answer without exact ties.
+One thread, CPU time. `scan` looks at every codeword; `reused` is a SearchIndex that exists, `warm`
+the same given the right answer as its guess, `rebuilt` the building and one search. `torch` is the
+blocked matmul with argmin, `faiss` its IndexFlatL2 when it can be imported; both answer without
+exact ties.
 Every index is compared with the scan's before anything is timed.
 """
 
