@@ -231,10 +231,12 @@ def _group_names(
             by_role[key] = by_role.get(key, 0.0) + target.weights * shapes[target.name].rate
     names = {}
     for target in targets:
-        shape = shapes[target.tied_to or target.name]
+        if target.tied_to:
+            continue
+        shape = shapes[target.name]
         share = config.share
         if share == "auto":
-            bits = by_role.get((target.role, shape), 0.0)
+            bits = by_role[target.role, shape]
             worth = codec_bits(_spec(config, shape)) <= CODEC_SHARE * bits
             share = "type" if worth else "model"
         names[target.name] = {
@@ -242,7 +244,7 @@ def _group_names(
             "type": target.role.replace(".", "_"),
             "tensor": target.name.replace(".", "_"),
         }[share]
-    return names
+    return names | {t.name: names[t.tied_to] for t in targets if t.tied_to}
 
 
 def _allocate(
