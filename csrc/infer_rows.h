@@ -113,21 +113,11 @@ static void make_rows(row_table *t, const pllm_codec *c, void *memory)
     }
 }
 
-static inline uint64_t load_word(const uint8_t *p)
-{
-    uint64_t word;
-    memcpy(&word, p, sizeof word);
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    word = __builtin_bswap64(word);
-#endif
-    return word;
-}
-
 /* index[0..3] = half `half` of the eight indices at source. */
 PLLM_INLINE void four_indices(const uint8_t *source, int bits, int half, uint32_t *index)
 {
     const int bit = 4 * bits * half;
-    const uint64_t word = load_word(source + bit / 8) >> bit % 8;
+    const uint64_t word = pllm_load_word(source + bit / 8) >> bit % 8;
     for (int j = 0; j < 4; j++)
         index[j] = (uint32_t)(word >> j * bits) & ((1u << bits) - 1);
 }

@@ -1,5 +1,5 @@
 /* kernel.h - included by every kernel body: the API, the vector layer, the functions of the
- * instruction set this file is being compiled for, and the allocation of scratch memory. */
+ * instruction set this file is being compiled for, and small functions that several bodies need. */
 #ifndef PLLM_KERNEL_H
 #define PLLM_KERNEL_H
 
@@ -52,6 +52,30 @@ PLLM_ALL_KERNELS(PLLM_DECLARE)
 #else
 #define PLLM_INLINE static inline __attribute__((always_inline))
 #endif
+
+/* 64 bits from p, first byte lowest. */
+PLLM_INLINE uint64_t pllm_load_word(const uint8_t *p)
+{
+    uint64_t word;
+    memcpy(&word, p, sizeof word);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    word = __builtin_bswap64(word);
+#endif
+    return word;
+}
+
+/* The error that search_slice reports for codeword k. */
+PLLM_INLINE float pllm_weighted_error(const pllm_codebook *cb, const float *x, int32_t k,
+                                      const int d)
+{
+    const float *c = cb->codebook + (size_t)k * (size_t)d;
+    float sum = 0.0f;
+    for (int j = 0; j < d; j++) {
+        float e = x[j] - c[j];
+        sum = fmaf(cb->weight ? cb->weight[j] * e : e, e, sum);
+    }
+    return cb->bias ? sum + cb->bias[k] : sum;
+}
 
 /* Uninitialised memory on a 64-byte boundary, or NULL. Release with free(). */
 static inline void *pllm_alloc(size_t bytes)

@@ -9,17 +9,6 @@
 
 enum { GROUP = 8, GROUP_MAX_BYTES = 16 };
 
-/* 64 bits from p, first byte lowest. */
-PLLM_INLINE uint64_t load_word(const uint8_t *p)
-{
-    uint64_t word;
-    memcpy(&word, p, sizeof word);
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    word = __builtin_bswap64(word);
-#endif
-    return word;
-}
-
 PLLM_INLINE void store_word(uint8_t *p, uint64_t word)
 {
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
@@ -44,7 +33,7 @@ PLLM_INLINE void pack_group(const int32_t *index, uint8_t *bytes, const int b)
 PLLM_INLINE void unpack_group(const uint8_t *bytes, int32_t *index, const int b)
 {
     const uint64_t mask = (UINT64_C(1) << b) - 1;
-    uint64_t low = load_word(bytes), high = load_word(bytes + 8);
+    uint64_t low = pllm_load_word(bytes), high = pllm_load_word(bytes + 8);
     if (b < 16)
         high = low >> (4 * b % 64) | high << (64 - 4 * b);
     for (int i = 0; i < 4; i++) {

@@ -153,17 +153,6 @@ PLLM_INLINE int32_t find_in_block(const pllm_codebook *cb, const float *x, int32
     return k < cb->k ? k : block * BLOCK;
 }
 
-PLLM_INLINE float weighted_error(const pllm_codebook *cb, const float *x, int32_t k, const int d)
-{
-    const float *c = cb->codebook + (size_t)k * (size_t)d;
-    float sum = 0.0f;
-    for (int j = 0; j < d; j++) {
-        float e = x[j] - c[j];
-        sum = fmaf(cb->weight ? cb->weight[j] * e : e, e, sum);
-    }
-    return cb->bias ? sum + cb->bias[k] : sum;
-}
-
 PLLM_INLINE void search(const pllm_codebook *cb, const float *z, ptrdiff_t n, int32_t *index,
                         float *error, pass *p, const int d)
 {
@@ -183,7 +172,7 @@ PLLM_INLINE void search(const pllm_codebook *cb, const float *z, ptrdiff_t n, in
             int32_t k = find_in_block(cb, x, p->block[i], p->best[i], d);
             index[start + i] = k;
             if (error)
-                error[start + i] = weighted_error(cb, x, k, d);
+                error[start + i] = pllm_weighted_error(cb, x, k, d);
         }
     }
 }

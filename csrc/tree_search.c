@@ -342,18 +342,6 @@ static void sort_queries(const pllm_tree *tree, int n, const memory *m)
         m->sorted[m->start[m->key[i]]++] = i;
 }
 
-/* The error of contract `search_slice`. */
-PLLM_INLINE float error_of(const pllm_codebook *cb, const float *x, int32_t k, const int d)
-{
-    const float *c = cb->codebook + (size_t)k * (size_t)d;
-    float sum = 0.0f;
-    for (int j = 0; j < d; j++) {
-        float e = x[j] - c[j];
-        sum = fmaf(cb->weight ? cb->weight[j] * e : e, e, sum);
-    }
-    return cb->bias ? sum + cb->bias[k] : sum;
-}
-
 /* A batch of n <= BATCH queries. Returns the work done, in units of one codeword scored by the scan;
  * the factors are measured. */
 PLLM_INLINE double search_batch(const pllm_tree *tree, const float *z, int n, const int32_t *previous,
@@ -377,7 +365,7 @@ PLLM_INLINE double search_batch(const pllm_tree *tree, const float *z, int n, co
         for (int i = 0; i < t.size; i++) {
             index[at[i]] = t.index[i];
             if (error)
-                error[at[i]] = error_of(&tree->codebook, t.x[i], t.index[i], d);
+                error[at[i]] = pllm_weighted_error(&tree->codebook, t.x[i], t.index[i], d);
         }
     }
     for (int i = odd; i < n; i++) {

@@ -162,13 +162,13 @@ class _Problem:
         """The best choice of these rungs within the budget, and the value of its Lagrangian;
         infinity and None where none fits."""
         harm, cost = self.harm[:, rungs], self.cost[:, rungs]
-        allowed = np.isfinite(harm)
+        if np.isinf(harm).all(1).any():
+            return math.inf, None
         low, high, best = 1e-12, 1e3, None
         for _ in range(50):
             price = math.sqrt(low * high)
-            among = np.where(allowed, harm + price * cost, np.inf).argmin(1)
-            choice = np.array(rungs)[among]
-            if not allowed.any(1).all() or self.bits(choice) > self.budget:
+            choice = np.array(rungs)[(harm + price * cost).argmin(1)]
+            if self.bits(choice) > self.budget:
                 low = price
             else:
                 high, best = price, choice

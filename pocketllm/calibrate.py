@@ -206,9 +206,7 @@ class Calibrator:
 
     def layers(self) -> Iterator[CalibratedLayer]:
         """The decoder layers in order."""
-        windows = range(len(self.windows))
-        states = self._each(lambda w: self._run(w, 0, None, collect=True)[0], windows)
-        for window, state in enumerate(states):
+        for window, state in enumerate(self.first_inputs()):
             if self._hidden is None:
                 self._hidden = HiddenStates(len(self.windows), state, self._folder)
             self._hidden[window] = state
@@ -225,10 +223,10 @@ class Calibrator:
         moments = self._collect(len(self._layers), {self._names[id(head)]: head})
         return next(iter(moments.values()), None)
 
-    def first_inputs(self) -> list[torch.Tensor]:
+    def first_inputs(self) -> Iterator[torch.Tensor]:
         """Input (length, hidden) of the first layer, of every window."""
         windows = range(len(self.windows))
-        return list(self._each(lambda w: self._run(w, 0, None, collect=True)[0], windows))
+        return self._each(lambda w: self._run(w, 0, None, collect=True)[0], windows)
 
     def forward(self, index: int, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Outputs (length, hidden) of a layer for these inputs. To be asked for in order."""

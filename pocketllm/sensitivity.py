@@ -60,7 +60,7 @@ def sensitivities(
     owners = {t.name: t for t in targets if not t.tied_to}
     spread = {name: _row_spread(weights, t) for name, t in owners.items()}
     found = dict.fromkeys(owners, 0.0)
-    states = [calibrator.first_inputs()]
+    states = [list(calibrator.first_inputs())]
     for index in range(len(calibrator)):
         states.append(calibrator.forward(index, states[-1]))
     tied = {t.name: t.tied_to for t in targets if t.tied_to}

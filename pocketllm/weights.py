@@ -85,16 +85,17 @@ class LoadedWeights:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def parts(self, target: Target) -> Iterator[np.ndarray]:
+    def _matrix(self, target: Target) -> torch.Tensor:
         weight = self.model.get_submodule(target.name).weight.detach()
-        weight = weight.T if target.kind == "conv1d" else weight
+        return weight.T if target.kind == "conv1d" else weight
+
+    def parts(self, target: Target) -> Iterator[np.ndarray]:
+        weight = self._matrix(target)
         for first, count in row_ranges(target.shape):
             yield np.ascontiguousarray(weight[first : first + count].float().cpu().numpy())
 
     def rows(self, target: Target, index: np.ndarray) -> np.ndarray:
-        weight = self.model.get_submodule(target.name).weight.detach()
-        weight = weight.T if target.kind == "conv1d" else weight
-        return weight[torch.from_numpy(index)].float().cpu().numpy()
+        return self._matrix(target)[torch.from_numpy(index)].float().cpu().numpy()
 
     def kept(self, targets: Iterable[Target]) -> Mapping[str, TensorSource]:
         return dense_tensors(self.model, [t.name for t in targets])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
@@ -41,14 +39,6 @@ def decoded(encoded: Encoded, codec: StoredCodec, columns: int) -> np.ndarray:
     values = codec.table[encoded.index].reshape(len(encoded.index), -1)
     assert encoded.scale is not None
     return denormalise(values, columns, encoded.scale, encoded.shift)
-
-
-@pytest.fixture(params=kernels.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 # rows, sub-vectors, d, K: empty, single, blocks of columns and of rows exactly full and broken

@@ -7,18 +7,9 @@ import pytest
 
 from pocketllm import kernels, reference
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("isa")]
 
 SIZES = [0, 1, 7, 8, 9, 63, 64, 65, 127, 1021]
-
-
-@pytest.fixture(params=kernels.available_isas(), autouse=True)
-def isa(request):
-    """Runs every test on each instruction set of this machine."""
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def indices(rows, count, bits):

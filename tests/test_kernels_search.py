@@ -13,15 +13,6 @@ SIZES = [0, 1, 2, 7, 31, 63, 64, 65, 127, 521]
 CODEWORDS = [1, 2, 3, 31, 32, 33, 100, 257]
 
 
-@pytest.fixture(params=kernels.available_isas())
-def isa(request):
-    """Runs the test on each instruction set of this machine."""
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
-
-
 @pytest.fixture(params=[1, 2])
 def threads(request, monkeypatch):
     monkeypatch.setattr(kernels, "_threads", lambda: request.param)

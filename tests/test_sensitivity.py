@@ -29,7 +29,7 @@ def test_backward_is_autograd_layer_by_layer(architecture: str) -> None:
     windows = windows_of(3, 7)
     pulled = torch.randn(3, 7, model.get_output_embeddings().weight.shape[1])
     with opened(model, windows, targets) as calibrator:
-        states = [calibrator.first_inputs()]
+        states = [list(calibrator.first_inputs())]
         for index in range(len(calibrator)):
             states.append(calibrator.forward(index, states[-1]))
         gradients = calibrator.backward_head(states[-1], lambda window, x: pulled[window])
