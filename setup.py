@@ -34,6 +34,7 @@ ONCE = [
 ]
 PER_ISA = [
     "isa_table.c",
+    "bfloat16.c",
     "coder.c",
     "feedback.c",
     "infer.c",

@@ -1,24 +1,25 @@
 """Products with compressed matrices beside the dense ones a user would otherwise run.
 
-    python benchmarks/inference.py [--threads 1] [--rows 4096 --columns 4096] [--tokens 1,4,16,128]
-                                   [--shapes 4x256,4x4096] [--json FILE] [--quick]
+    python benchmarks/inference.py [--threads 1] [--sizes 4096x4096,11008x4096]
+                                   [--tokens 1,4,16,128] [--shapes 4x256,4x4096]
+                                   [--json FILE] [--plots DIR] [--quick]
 
 For every codebook shape (d x K, int8 tables) and number of tokens: milliseconds with activations
 as int16 and as float32, and how often faster than torch's bfloat16 and float32 linear on the same
-activations. Weights are cold: the contenders take turns, and each cycles through several copies
-that together exceed the last-level cache. With one thread times are processor time, else wall time;
-the minimum of many. Before anything is timed, products are compared with those in float64.
+activations; for the sizes behind the first (rows x columns) of three shapes only. Weights are cold:
+the contenders take turns, and each cycles through several copies that together exceed the
+last-level cache. With one thread times are processor time, else wall time; the minimum of many.
+Before anything is timed, products are compared with those in float64.
 
 Also measured in the same run: what reading memory costs, how fast torch multiplies large float32
-matrices, and what one call of a PocketLinear costs beside its kernel.
+matrices, what one call of a PocketLinear costs beside its kernel, and one token's cost a weight for
+sizes that are odd or even.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import platform
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import arguments, compare, print_machine, print_table, write_json
 from torch.nn import functional
 
 from pocketllm import kernels
@@ -41,8 +43,13 @@ SHAPES = [
     *((1, 128), (1, 256)),
     *((8, 4096), (8, 65536), (6, 4096), (3, 512)),
 ]
+MAIN = [(4, 256), (4, 4096), (8, 65536)]
 QUICK = [(8, 32), (4, 256), (4, 4096), (2, 512), (1, 256), (3, 100)]
 COLD_BYTES = 48 << 20
+# Rows x columns whose cost a weight should be alike.
+ODD_SIZES = [(rows, 4096) for rows in (511, 512, 1000, 1024, 2047, 2048, 4095, 4096, 8192)]
+ODD_SIZES += [(4096, n) for n in (511, 512, 513, 1000, 1024, 2047, 2048, 2049, 4095, 4097, 8192)]
+COLUMNS = ["rows", "columns", "tokens", "d", "K", "bits", "ms", "float32 ms", "x bf16", "x fp32"]
 
 
 class Packed:
@@ -59,93 +66,88 @@ class Packed:
         self.codec = CodecView(subvector, codewords, bits, table, 0.01)
         self.scale = random.uniform(0.5, 1.5, rows).astype(np.float32)
         count = max(2, min(16, cold // size))
+        self.turn = itertools.count()
         self.copies = [random.integers(0, 256, size, dtype=np.uint8) for _ in range(count)]
 
-    def product(self, x: np.ndarray, turn: int, activations: str) -> np.ndarray:
-        """x times one of the copies."""
-        packed = self.copies[turn % len(self.copies)]
+    def product(self, x: np.ndarray, activations: str) -> np.ndarray:
+        """x times the next of the copies."""
+        packed = self.copies[next(self.turn) % len(self.copies)]
         return kernels.matmul(x, packed, self.rows, self.codec, self.scale, activations=activations)
 
     def check(self, x: np.ndarray) -> None:
         """Compare both forms with the product in float64, over the first and last rows."""
         part = min(self.rows, 128)
         for first in (0, self.rows - part):
+            packed = self.copies[0]
             weight = kernels.decode_rows(
-                self.copies[0], self.columns, first, part, self.codec, self.scale
+                packed, self.columns, first, part, self.codec, self.scale
             ).astype(np.float64)
             want, size = x @ weight.T, np.abs(x) @ np.abs(weight).T
             step = np.abs(x).max(1, keepdims=True) / 65500 * np.abs(weight).sum(1)
             for activations, bound in (("float32", 1e-6 * size), ("int16", 1e-6 * size + step)):
-                product = self.product(x, 0, activations=activations)[:, first : first + part]
-                error = np.abs(product - want)
+                product = kernels.matmul(
+                    x, packed, self.rows, self.codec, self.scale, activations=activations
+                )
+                error = np.abs(product[:, first : first + part] - want)
                 assert np.all(error <= bound), (self.shape, activations, error.max())
 
 
-def timed(call: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Milliseconds."""
-    start = clock()
-    call()
-    return 1e3 * (clock() - start)
-
-
-def alternate(
-    contenders: dict[Any, Callable[[int], object]], rounds: int, clock: Callable[[], float]
-) -> dict[Any, float]:
-    """The minimum of each contender's times, which take turns."""
-    best = dict.fromkeys(contenders, float("inf"))
-    for turn in range(rounds):
-        for name, call in contenders.items():
-            best[name] = min(best[name], timed(lambda call=call, turn=turn: call(turn), clock))
-    return best
-
-
 def measure(
-    rows: int,
-    columns: int,
+    size: tuple[int, int],
     shapes: list[tuple[int, int]],
     tokens: list[int],
-    rounds: int,
+    turns: int,
     cold: int,
     clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
-    """One record for each number of tokens and shape."""
+    """One row for each number of tokens and shape."""
+    rows, columns = size
     dense = [torch.randn(rows, columns) for _ in range(max(2, cold // (4 * rows * columns)))]
     half = [w.bfloat16() for w in dense] + [torch.randn(rows, columns).bfloat16() for w in dense]
     matrices = [Packed(rows, columns, shape, cold) for shape in shapes]
-    records = []
+    found = []
     for n in tokens:
         x = torch.randn(n, columns)
-        values, narrow = x.numpy(), x.bfloat16()
+        half_x = x.bfloat16()
+        narrow, wide = itertools.cycle(half), itertools.cycle(dense)
         for matrix in matrices:
-            matrix.check(values[:3])
-        contenders: dict[Any, Callable[[int], object]] = {
-            "bf16": lambda turn, x=narrow: functional.linear(x, half[turn % len(half)]),
-            "fp32": lambda turn, x=x: functional.linear(x, dense[turn % len(dense)]),
+            matrix.check(x[:3].numpy())
+        contenders: dict[Any, Callable[[], object]] = {
+            "bf16": lambda x=half_x, w=narrow: functional.linear(x, next(w)),
+            "fp32": lambda x=x, w=wide: functional.linear(x, next(w)),
         }
         for i, matrix in enumerate(matrices):
             for form in ("int16", "float32"):
-                contenders[i, form] = functools.partial(matrix.product, values, activations=form)
-        best = alternate(contenders, max(3, rounds // max(1, n // 4)), clock)
+                contenders[i, form] = functools.partial(matrix.product, x.numpy(), activations=form)
+        taken = compare(contenders, turns=max(3, turns // max(1, n // 4)), clock=clock)
+        best = {name: 1e3 * timing.minimum for name, timing in taken.items()}
         for i, matrix in enumerate(matrices):
-            fast = best[i, "int16"]
-            records.append(
-                {
-                    "rows": rows,
-                    "columns": columns,
-                    "tokens": n,
-                    "subvector": matrix.shape[0],
-                    "codewords": matrix.shape[1],
-                    "bits": matrix.bits,
-                    "ms": fast,
-                    "ms_float32": best[i, "float32"],
-                    "ms_bf16": best["bf16"],
-                    "ms_fp32": best["fp32"],
-                    "times_bf16": best["bf16"] / fast,
-                    "times_fp32": best["fp32"] / fast,
-                    "ns_per_index": 1e6 * fast * matrix.shape[0] / (rows * columns * n),
-                }
+            subvector, codewords = matrix.shape
+            row: dict[str, Any] = {"rows": rows, "columns": columns, "tokens": n, "d": subvector}
+            row |= {"K": codewords, "bits": matrix.bits, "ms": best[i, "int16"]}
+            row |= {"float32 ms": best[i, "float32"], "bf16 ms": best["bf16"]}
+            row |= {"fp32 ms": best["fp32"]}
+            for kind in ("bf16", "fp32"):
+                row[f"x {kind}"] = best[kind] / best[i, "int16"]
+            found.append(row)
+    return found
+
+
+def scaling(
+    sizes: list[tuple[int, int]], turns: int, cold: int, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
+    """Picoseconds a weight of one token, by rows and columns."""
+    found = []
+    for rows, columns in sizes:
+        x = np.random.default_rng(0).standard_normal((1, columns), np.float32)
+        matrices = [Packed(rows, columns, shape, cold) for shape in MAIN[:2]]
+        calls = {m.shape: functools.partial(m.product, x, activations="int16") for m in matrices}
+        for (d, codewords), timing in compare(calls, turns=turns, clock=clock).items():
+            cost = 1e12 * timing.minimum / (rows * columns)
+            found.append(
+                {"rows": rows, "columns": columns, "d": d, "K": codewords, "ps a weight": cost}
             )
-    return records
+    return found
 
 
 def limits(clock: Callable[[], float], quick: bool) -> dict[str, float]:
@@ -153,16 +155,14 @@ def limits(clock: Callable[[], float], quick: bool) -> dict[str, float]:
     size = 256 if quick else 1024
     big = np.ones((8 if quick else 64) << 17, np.float64)
     square = torch.randn(size, size)
-    best = alternate(
-        {"read": lambda turn: big.max(), "fma": lambda turn: square @ square}, 12, clock
-    )
+    best = compare({"read": big.max, "fma": lambda: square @ square}, turns=12, clock=clock)
     return {
-        "read_gb_per_s": big.nbytes / best["read"] / 1e6,
-        "float32_gflop_per_s": 2 * size**3 / best["fma"] / 1e6,
+        "memory read, GB/s": big.nbytes / best["read"].minimum / 1e9,
+        "torch float32, GFLOP/s": 2 * size**3 / best["fma"].minimum / 1e9,
     }
 
 
-def call_overhead(clock: Callable[[], float]) -> dict[str, float]:
+def call_overhead(clock: Callable[[], float]) -> list[dict[str, Any]]:
     """Microseconds of one call on a matrix too small to take time itself."""
     spec = CodecSpec("c", 4, 256, 1, "input", "table-int8")
     bank = CodecBank([spec])
@@ -170,87 +170,93 @@ def call_overhead(clock: Callable[[], float]) -> dict[str, float]:
     bank["c"].table_scale.fill_(1.0)
     linear = PocketLinear(16, 4, bank["c"], scale=False)
     linear.weight.zero_()
-    result = {}
+    calls = 500
+
+    def many(module: torch.nn.Module, x: torch.Tensor) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(calls):
+                module(x)
+
+        return run
+
+    found = []
     with torch.inference_mode():
-        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            x, dense = (
-                torch.zeros(1, 1, 16, dtype=dtype),
-                torch.nn.Linear(16, 4, False, dtype=dtype),
-            )
-            packed = linear.to(dtype)
-
-            def many(module: torch.nn.Module, x: torch.Tensor = x) -> None:
-                for _ in range(500):
-                    module(x)
-
-            best = alternate(
-                {
-                    "pocket": lambda turn, m=packed: many(m),
-                    "torch": lambda turn, m=dense: many(m),
-                },
-                12,
-                clock,
-            )
-            result.update({f"{k}_{name}_us": v * 2 for k, v in best.items()})
-    return result
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.zeros(1, 1, 16, dtype=dtype)
+            dense = torch.nn.Linear(16, 4, False, dtype=dtype)
+            contenders = {"PocketLinear": many(linear.to(dtype), x), "nn.Linear": many(dense, x)}
+            best = compare(contenders, turns=12, clock=clock)
+            row: dict[str, Any] = {"activations": str(dtype).removeprefix("torch.")}
+            found.append(row | {f"{k}, us": 1e6 * v.minimum / calls for k, v in best.items()})
+    return found
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """The records as Markdown."""
-    lines = []
-    for n in dict.fromkeys(r["tokens"] for r in records):
-        here = [r for r in records if r["tokens"] == n]
-        first = here[0]
-        lines += [
-            f"\n{first['rows']} x {first['columns']}, {n} token{'s' * (n > 1)}; torch bf16 "
-            f"{first['ms_bf16']:.2f} ms, fp32 {first['ms_fp32']:.2f} ms\n",
-            "| d | K | bits | ms | float32 ms | x bf16 | x fp32 | ns an index |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {r['subvector']} | {r['codewords']} | {r['bits']:.2f} | {r['ms']:.2f} "
-            f"| {r['ms_float32']:.2f} | {r['times_bf16']:.2f} | {r['times_fp32']:.2f} "
-            f"| {r['ns_per_index']:.2f} |"
-            for r in here
-        ]
-    return "\n".join(lines)
+def plot(rows: list[dict[str, Any]], odd: list[dict[str, Any]], folder: Path) -> None:
+    """Cost of one token by shape, by rows and by columns."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    first = [r for r in rows if r["tokens"] == 1 and r["rows"] == rows[0]["rows"]]
+    for d in sorted({r["d"] for r in first}):
+        line = sorted((r for r in first if r["d"] == d), key=lambda r: r["K"])
+        axes[0].plot([r["K"] for r in line], [r["x bf16"] for r in line], "o-", label=f"d = {d}")
+    axes[0].set(xscale="log", xlabel="K", ylabel="times torch bf16, one token")
+    axes[0].axhline(1, color="black", linewidth=0.8)
+    for axis, key, other in ((axes[1], "rows", "columns"), (axes[2], "columns", "rows")):
+        for shape in MAIN[:2]:
+            line = [r for r in odd if (r["d"], r["K"]) == shape and r[other] == 4096]
+            line.sort(key=lambda r: r[key])
+            name = f"d = {shape[0]}, K = {shape[1]}"
+            axis.plot([r[key] for r in line], [r["ps a weight"] for r in line], "o-", label=name)
+        axis.set(xscale="log", xlabel=key, ylabel="ps a weight, one token", ylim=(0, None))
+    for axis in axes:
+        axis.legend()
+    figure.savefig(folder / "inference.png", dpi=120)
+
+
+def pairs(text: str) -> list[tuple[int, int]]:
+    """``4x256,8x65536`` as pairs."""
+    split = [tuple(map(int, pair.split("x"))) for pair in text.split(",")]
+    return [(a, b) for a, b in split]
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Products with compressed matrices.")
+    parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--columns", type=int, default=4096)
+    parser.add_argument("--sizes", type=pairs, default=pairs("4096x4096,11008x4096"))
     parser.add_argument("--tokens", default="1,4,16,128")
-    parser.add_argument("--shapes", help="as in 4x256,8x65536")
-    parser.add_argument("--rounds", type=int, default=40, help="for one token; fewer for more")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="seconds; proves only that it runs")
+    parser.add_argument("--shapes", type=pairs, default=SHAPES, help="as in 4x256,8x65536")
+    parser.add_argument("--turns", type=int, default=40, help="for one token; fewer for more")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    clock = time.thread_time if options.threads == 1 else time.perf_counter
-    shapes = QUICK if options.quick else SHAPES
-    if options.shapes:
-        shapes = [tuple(map(int, s.split("x", 1))) for s in options.shapes.split(",")]
-    tokens = [1, 5] if options.quick else [int(n) for n in options.tokens.split(",")]
-    size = (120, 200) if options.quick else (options.rows, options.columns)
-    cold = 1 << 16 if options.quick else COLD_BYTES
-    report = {
-        "machine": platform.processor() or platform.machine(),
-        "kernels": kernels.show_config(),
-        "torch": torch.__version__,
-        "clock": "processor" if options.threads == 1 else "wall",
-        "limits": limits(clock, options.quick),
-        "call": call_overhead(clock),
-        "products": measure(*size, shapes, tokens, options.rounds, cold, clock),
-    }
-    print(f"{report['kernels']}; torch {report['torch']}; {report['clock']} time")
-    print({**report["limits"], **report["call"]})
-    print(table(report["products"]))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    sizes, shapes, cold = options.sizes, options.shapes, COLD_BYTES
+    tokens, odd_sizes = [int(n) for n in options.tokens.split(",")], ODD_SIZES
+    if options.quick:
+        sizes, shapes, cold, tokens = [(120, 200)], QUICK, 1 << 16, [1, 5]
+        odd_sizes = [(30, 70)]
+    print_machine("torch")
+    report: dict[str, Any] = {"limits": limits(clock, options.quick)}
+    print({name: round(value, 1) for name, value in report["limits"].items()})
+    report["call"] = call_overhead(clock)
+    print_table(report["call"], list(report["call"][0]))
+    report["products"] = []
+    for i, size in enumerate(sizes):
+        here = shapes if i == 0 else [shape for shape in shapes if shape in MAIN]
+        rows = measure(size, here, tokens, options.turns, cold, clock)
+        print_table(rows, COLUMNS)
+        report["products"] += rows
+    report["scaling"] = scaling(odd_sizes, options.turns, cold, clock)
+    print_table(report["scaling"], list(report["scaling"][0]))
+    if options.plots:
+        plot(report["products"], report["scaling"], options.plots)
+    write_json(options.json, "inference", report, "torch")
 
 
 if __name__ == "__main__":

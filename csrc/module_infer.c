@@ -1,6 +1,7 @@
 /* module_infer.c - Python wrappers of table decode and the fused matrix product. */
 #include "module.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 /* The arguments that describe a compressed matrix: the C view and the arrays it points into. */
@@ -223,9 +224,104 @@ done:
     return (PyObject *)out;
 }
 
+/* ---- by address ------------------------------------------------------------------------------ */
+
+static const char matrix_name[] = "pocketllm.matrix";
+
+static void release_held(PyObject *capsule)
+{
+    matrix_args *held = PyCapsule_GetPointer(capsule, matrix_name);
+    if (held)
+        release(held);
+    free(held);
+}
+
+/* hold_matrix(packed, in_features, codec, scale, shift | None) -> capsule */
+static PyObject *hold_matrix(PyObject *self, PyObject *args)
+{
+    PyObject *packed, *codec, *scale, *shift, *capsule = NULL;
+    Py_ssize_t in_features;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OnOOO:hold_matrix", &packed, &in_features, &codec, &scale, &shift))
+        return NULL;
+    matrix_args *held = calloc(1, sizeof *held);
+    if (!held)
+        return PyErr_NoMemory();
+    if (take_matrix(held, packed, length_of(scale), in_features, codec, scale, shift))
+        capsule = PyCapsule_New(held, matrix_name, release_held);
+    if (!capsule) {
+        release(held);
+        free(held);
+    }
+    return capsule;
+}
+
+/* n values at an address, of bfloat16 or float32: float32 in *memory, which it moves on, or in place. */
+static const float *as_floats(const void *at, int is_bfloat16, ptrdiff_t n, float **memory)
+{
+    if (!is_bfloat16)
+        return at;
+    float *const floats = *memory;
+    pllm_active()->widen(at, n, floats);
+    *memory += n;
+    return floats;
+}
+
+/* y = x W' + bias as pllm_matmul, where bfloat16 is given or wanted. */
+static int multiply(const pllm_matrix *w, const void *x, ptrdiff_t n, int x_is_bfloat16, const void *bias,
+                    int bias_is_bfloat16, void *y, enum pllm_activations activations, int threads)
+{
+    const ptrdiff_t widened = (x_is_bfloat16 ? n * (w->in_features + w->out_features) : 0) +
+                              (bias_is_bfloat16 ? w->out_features : 0);
+    float *const memory = widened ? malloc((size_t)widened * sizeof *memory) : NULL;
+    float *rest = memory;
+    if (widened && !memory)
+        return PLLM_ENOMEM;
+    const float *const x_floats = as_floats(x, x_is_bfloat16, n * w->in_features, &rest);
+    const float *const bias_floats = as_floats(bias, bias_is_bfloat16, w->out_features, &rest);
+    float *const product = x_is_bfloat16 ? rest : y;
+    const int status = pllm_active()->matmul(w, x_floats, n, bias_floats, product, activations, threads);
+    if (status == PLLM_OK && x_is_bfloat16)
+        pllm_active()->narrow(product, n * w->out_features, y);
+    free(memory);
+    return status;
+}
+
+/* matmul_at(capsule, x, n, x_is_bfloat16, bias, bias_is_bfloat16, y, activations, threads): x, bias and y
+ * are addresses, which are trusted; bias may be 0. */
+static PyObject *matmul_at(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    (void)self;
+    if (count != 9) {
+        PyErr_Format(PyExc_TypeError, "matmul_at: got %zd arguments, want 9", count);
+        return NULL;
+    }
+    const matrix_args *held = PyCapsule_GetPointer(args[0], matrix_name);
+    const void *x = PyLong_AsVoidPtr(args[1]), *bias = PyLong_AsVoidPtr(args[4]);
+    void *y = PyLong_AsVoidPtr(args[6]);
+    const Py_ssize_t n = PyLong_AsSsize_t(args[2]);
+    const long x_kind = PyLong_AsLong(args[3]), bias_kind = PyLong_AsLong(args[5]);
+    const long activations = PyLong_AsLong(args[7]), threads = PyLong_AsLong(args[8]);
+    int status;
+    if (!held || PyErr_Occurred() || !pllm_in_range("n", n, 0, PY_SSIZE_T_MAX / 64) ||
+        !pllm_in_range("activations", activations, PLLM_ACTIVATIONS_FLOAT32, PLLM_ACTIVATIONS_INT16) ||
+        !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS))
+        return NULL;
+
+    Py_BEGIN_ALLOW_THREADS
+    status = multiply(&held->matrix, x, n, x_kind != 0, bias, bias && bias_kind, y,
+                      (enum pllm_activations)activations, (int)threads);
+    Py_END_ALLOW_THREADS
+    if (!pllm_succeeded(status))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 PyMethodDef pllm_infer_methods[] = {
     {"decode_rows", decode_rows, METH_VARARGS, "Consecutive rows of a compressed matrix."},
     {"decode_row_list", decode_row_list, METH_VARARGS, "Named rows of a compressed matrix."},
     {"matmul", matmul, METH_VARARGS, "Activations times a compressed matrix, transposed."},
+    {"hold_matrix", hold_matrix, METH_VARARGS, "A compressed matrix for many products."},
+    {"matmul_at", (PyCFunction)(void (*)(void))matmul_at, METH_FASTCALL, "matmul by address."},
     {NULL, NULL, 0, NULL},
 };

@@ -144,7 +144,7 @@ typedef int32_t pllm_index_max_fn(const uint8_t *packed, ptrdiff_t rows, ptrdiff
 
 #define PLLM_PACK_KERNELS(X) X(pack) X(unpack) X(index_max)
 
-/* ---- inference (infer.c) --------------------------------------------------------------------- */
+/* ---- inference (infer.c, bfloat16.c) ---------------------------------------------------------- */
 
 /* What turns an index into d values: table[index], or the decoder applied to a row of codewords. */
 typedef struct {
@@ -190,7 +190,13 @@ enum pllm_activations {
 typedef int pllm_matmul_fn(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias,
                            float *y, enum pllm_activations activations, int threads);
 
-#define PLLM_INFER_KERNELS(X) X(decode_rows) X(matmul)
+/* out[i] = the float32 that the bfloat16 x[i] is. */
+typedef void pllm_widen_fn(const uint16_t *x, ptrdiff_t n, float *out);
+
+/* out[i] = x[i] rounded to bfloat16, ties to even; any NaN becomes 0x7fc0. */
+typedef void pllm_narrow_fn(const float *x, ptrdiff_t n, uint16_t *out);
+
+#define PLLM_INFER_KERNELS(X) X(decode_rows) X(matmul) X(widen) X(narrow)
 
 /* ---- training (coder.c, mlp.c, train.c) ------------------------------------------------------ */
 

@@ -337,6 +337,47 @@ def matmul(
     )
 
 
+def hold_matrix(
+    packed: Bytes, in_features: int, codec: CodecView, scale: Floats, shift: Floats | None = None
+) -> object:
+    """A compressed matrix checked once, for :func:`matmul_at`. Keeps its arrays alive.
+
+    Args:
+        packed: flat uint8, as in :func:`decode_rows`.
+        in_features: columns of W.
+        codec: what the indices mean.
+        scale: (out_features,) scale of each row.
+        shift: (out_features,) added to each row.
+    """
+    return _kernels.hold_matrix(packed, in_features, codec, scale, shift)
+
+
+def matmul_at(
+    held: object,
+    x: int,
+    n: int,
+    x_is_bfloat16: bool,
+    bias: int,
+    bias_is_bfloat16: bool,
+    product: int,
+) -> None:
+    """:func:`matmul` on memory that is not NumPy's, with a tenth of its cost for small products.
+
+    Addresses are trusted: who calls answers for shapes, dtypes and contiguous memory.
+
+    Args:
+        held: the matrix, from :func:`hold_matrix`.
+        x: address of (n, in_features) float32 or bfloat16.
+        n: tokens.
+        x_is_bfloat16: what x and the product are.
+        bias: address of (out_features,), or 0 for none.
+        bias_is_bfloat16: what it is.
+        product: address of (n, out_features), written; of x's dtype, rounded to nearest, even.
+    """
+    form = _ACTIVATIONS.index(_activations)
+    _kernels.matmul_at(held, x, n, x_is_bfloat16, bias, bias_is_bfloat16, product, form, _threads())
+
+
 # ---- training ---------------------------------------------------------------------------------
 
 

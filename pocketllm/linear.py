@@ -180,17 +180,15 @@ class PocketLinear(_Packed, nn.Linear):
         if kind != "meta" and torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         bias = self.bias
-        flat = input.dim() == 2
-        x = input if flat else input.reshape(-1, self.in_features)
         learns = torch.is_grad_enabled()
         trained = learns and bias is not None and bias.requires_grad
         if ops.runs_directly(input) and not (trained or (learns and input.requires_grad)):
-            product = ops.matmul_direct(x, self._arrays(), bias)
-        else:
-            product = ops.matmul(x, self.matrix(), None if trained else bias)
+            return ops.matmul_direct(input, self._arrays(), bias)
+        x = input.reshape(-1, self.in_features)
+        product = ops.matmul(x, self.matrix(), None if trained else bias)
         if trained:
             product = product + bias.to(product.dtype)
-        return product if flat else product.view(*input.shape[:-1], self.out_features)
+        return product.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

@@ -24,6 +24,7 @@ from .kernels import CodecView
 TILE_WEIGHTS_CPU = 1 << 20
 TILE_WEIGHTS_DEVICE = 1 << 24
 EPSILON = 1e-5
+_BY_ADDRESS = (torch.float32, torch.bfloat16)
 _MATRIX = (
     "Tensor weight, Tensor? scale, Tensor? shift, Tensor table, Tensor? table_scale, "
     "Tensor? decoder, int rows, int columns, int index_bits, int hidden, str norm"
@@ -70,6 +71,7 @@ class Arrays(NamedTuple):
         codec: the codec.
         rows: out.
         columns: in.
+        held: all of them, for :func:`pocketllm.kernels.matmul_at`.
     """
 
     packed: np.ndarray
@@ -78,6 +80,7 @@ class Arrays(NamedTuple):
     codec: CodecView
     rows: int
     columns: int
+    held: object
 
 
 def matmul(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
@@ -129,9 +132,7 @@ def runs_directly(tensor: Tensor) -> bool:
     """Whether the kernels may be called without the operators, whose dispatch costs more than a
     small product: on plain CPU tensors in eager mode.
     """
-    return (
-        type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    )
+    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def _tiles(matrix: Matrix) -> Iterator[tuple[int, int]]:
@@ -145,18 +146,40 @@ def _tiles(matrix: Matrix) -> Iterator[tuple[int, int]]:
 
 
 def matmul_direct(x: Tensor, arrays: Arrays, bias: Tensor | None) -> Tensor:
-    """The product of :func:`matmul` on CPU tensors by the kernels, without gradients."""
-    product = kernels.matmul(
-        _float32(x),
-        arrays.packed,
-        arrays.rows,
-        arrays.codec,
-        arrays.scale,
-        arrays.shift,
-        None if bias is None else _float32(bias),
+    """The product of :func:`matmul` on CPU tensors by the kernels, without gradients.
+
+    Args:
+        x: (..., columns).
+        arrays: the matrix.
+        bias: (rows,) or None.
+
+    Returns:
+        (..., rows) in x's dtype.
+
+    Raises:
+        ValueError: x has another number of columns, or bias another length.
+    """
+    dtype, (*lead, columns) = x.dtype, x.shape
+    if dtype not in _BY_ADDRESS:
+        return matmul_direct(x.float(), arrays, bias).to(dtype)
+    if columns != arrays.columns:
+        raise ValueError(f"input: got {columns} features, want {arrays.columns}")
+    x = x.contiguous()
+    if bias is not None:
+        if bias.shape != (arrays.rows,):
+            raise ValueError(f"bias: got shape {tuple(bias.shape)}, want ({arrays.rows},)")
+        bias = (bias if bias.dtype in _BY_ADDRESS else bias.float()).contiguous()
+    product = x.new_empty((*lead, arrays.rows))
+    kernels.matmul_at(
+        arrays.held,
+        x.data_ptr(),
+        x.numel() // columns,
+        dtype is torch.bfloat16,
+        0 if bias is None else bias.data_ptr(),
+        bias is not None and bias.dtype is torch.bfloat16,
+        product.data_ptr(),
     )
-    result = torch.from_numpy(product)
-    return result if x.dtype is torch.float32 else result.type_as(x)
+    return product
 
 
 def _rows_cpu(index: Tensor, arrays: Arrays) -> Tensor:
@@ -213,9 +236,9 @@ def arrays_of(matrix: Matrix) -> Arrays:
         shift = matrix.shift
         if shift is not None:
             shift = rowcode.decode(_numpy(shift), signed=True)
-        arrays = Arrays(
-            _numpy(matrix.weight), scale, shift, _codec(matrix), matrix.rows, matrix.columns
-        )
+        packed, codec = _numpy(matrix.weight), _codec(matrix)
+        held = kernels.hold_matrix(packed, matrix.columns, codec, scale, shift)
+        arrays = Arrays(packed, scale, shift, codec, matrix.rows, matrix.columns, held)
         _matrices.put(matrix.weight, stamp, arrays)
     return arrays
 

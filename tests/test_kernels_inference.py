@@ -269,6 +269,45 @@ def test_nan_in_one_token_stays_there(isa: str, activations: str) -> None:
         assert np.isfinite(np.delete(got, 1, axis=0)).all()
 
 
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_matmul_at_addresses_is_matmul(isa: str, n: int) -> None:
+    matrix = Matrix((30, 50), (4, 100, 7, True, None), shift=True)
+    held = kernels.hold_matrix(
+        matrix.packed.copy(), 50, matrix.codec, matrix.scale.copy(), matrix.shift
+    )
+    x, bias = (a.astype(np.float32) for a in (matrix.tokens(n), matrix.bias))
+    got = np.full((n, 30), 7, np.float32)
+    kernels.matmul_at(held, x.ctypes.data, n, False, bias.ctypes.data, False, got.ctypes.data)
+    np.testing.assert_array_equal(got, matrix.product(x, kernels.activations()))
+
+    # The upper half of a float32 is a bfloat16.
+    x_half, bias_half = ((a.view(np.uint32) >> 16).astype(np.uint16) for a in (x, bias))
+    x, bias = ((a.astype(np.uint32) << 16).view(np.float32) for a in (x_half, bias_half))
+    matrix.bias = bias
+    got = np.full((n, 30), 7, np.uint16)
+    address = bias_half.ctypes.data
+    kernels.matmul_at(held, x_half.ctypes.data, n, True, address, True, got.ctypes.data)
+    want = matrix.product(x, kernels.activations()).astype(np.float64)
+    got = (got.astype(np.uint32) << 16).view(np.float32)
+    assert np.all(np.abs(got - want) <= np.abs(want) * 2.0**-8)
+
+    matrix.bias = np.zeros(30, np.float32)
+    got = np.full((n, 30), 7, np.float32)
+    kernels.matmul_at(held, x.ctypes.data, n, False, 0, False, got.ctypes.data)
+    np.testing.assert_array_equal(got, matrix.product(x, kernels.activations()))
+
+
+def test_held_matrices_are_checked() -> None:
+    matrix = Matrix((30, 50), (4, 100, 7, True, None))
+    with pytest.raises(ValueError, match=r"packed: got uint8 \(359,\)"):
+        kernels.hold_matrix(matrix.packed[:-1], 50, matrix.codec, matrix.scale)
+    with pytest.raises(ValueError, match="PyCapsule"):
+        kernels.matmul_at(None, 0, 0, False, 0, False, 0)
+    held = kernels.hold_matrix(matrix.packed, 50, matrix.codec, matrix.scale)
+    with pytest.raises(ValueError, match="n: got -1"):
+        kernels.matmul_at(held, 0, -1, False, 0, False, 0)
+
+
 BAD = [
     ("x", lambda a: a.update(x=a["x"].astype(np.float64)), TypeError, "x: got float64 (2, 50)"),
     ("x", lambda a: a.update(x=a["x"][0]), ValueError, "x: got float32 (50,), want float32 (n, c)"),

@@ -212,6 +212,48 @@ static void check_damaged(const pllm_kernels *k)
     free_fixture(&f);
 }
 
+/* The bfloat16 nearest to x, the even one of two, found by trying both neighbours. */
+static uint16_t nearest_bfloat16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t below = bits & 0xffff0000, above = below + 0x10000;
+    float low, high;
+    memcpy(&low, &below, sizeof low);
+    memcpy(&high, &above, sizeof high);
+    /* Above the largest number comes 2^128, as which infinity counts here. */
+    const double from_low = fabs((double)x - (double)low);
+    const double to_high = fabs((isinf(high) ? copysign(0x1p128, (double)x) : (double)high) - (double)x);
+    const int up = to_high < from_low || (to_high == from_low && below >> 16 & 1);
+    return (uint16_t)((up ? above : below) >> 16);
+}
+
+static void check_bfloat16(const pllm_kernels *k)
+{
+    enum { ALL = 65536 };
+    uint16_t *narrow = new_bytes(ALL * sizeof *narrow), *back = new_bytes(ALL * sizeof *back);
+    float *wide = new_floats(ALL);
+    for (int i = 0; i < ALL; i++)
+        narrow[i] = (uint16_t)i;
+    k->widen(narrow, ALL, wide);
+    k->narrow(wide, ALL, back);
+    for (int i = 0; i < ALL; i++) {
+        uint32_t bits;
+        memcpy(&bits, wide + i, sizeof bits);
+        CHECK(bits == (uint32_t)i << 16, "widen %#x: %#x", i, bits);
+        CHECK(back[i] == (isnan(wide[i]) ? 0x7fc0 : i), "narrow %#x: %#x", i, back[i]);
+    }
+    for (int i = 0; i < ALL; i++) {
+        const uint32_t bits = random_bits() << 16 | (i % 4 ? random_bits() & 0xffff : 0x8000);
+        memcpy(wide + i, &bits, sizeof bits);
+    }
+    k->narrow(wide, ALL, back);
+    for (int i = 0; i < ALL; i++)
+        CHECK(back[i] == (isnan(wide[i]) ? 0x7fc0  : nearest_bfloat16(wide[i])),
+              "narrow %a: %#x", (double)wide[i], back[i]);
+    free(narrow), free(back), free(wide);
+}
+
 void test_infer(const pllm_kernels *k)
 {
     static const int tokens[] = {0, 1, 2, 3, 4, 5, 17, 33};
@@ -239,4 +281,5 @@ void test_infer(const pllm_kernels *k)
         }
     check_tokens_apart(k);
     check_damaged(k);
+    check_bfloat16(k);
 }
