@@ -191,7 +191,9 @@ def _add_compress(commands: Any) -> None:
         "--resume", action="store_true", help="go on where an interrupted run of OUT stopped"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="only predict time, memory and size; needs no OUT"
+        "--dry-run",
+        action="store_true",
+        help="only predict time, memory, size, speed; needs no OUT",
     )
     _add_json(parser)
 

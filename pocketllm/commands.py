@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # A tensor with at least this share of the weight files is named when it stays dense.
 LARGE_SHARE = 0.01
+SLOW = "slower than dense bf16 for one token here; d = 4 with up to 4,096 codewords is fast"
 SIZE_SETTINGS = ("bits", "target_size", "subvector", "codebook")
 
 
@@ -134,6 +135,7 @@ def result_json(result: CompressResult) -> dict[str, Any]:
 
 def print_plan(plan: Plan) -> None:
     """What a compression would do, predicted."""
+    speeds = plan.speeds or {}
     rows = [
         (
             spec.name,
@@ -142,10 +144,12 @@ def print_plan(plan: Plan) -> None:
             spec.storage,
             str(sum(plan.codec_of[t.name] == name for t in plan.targets)),
             f"{sum(t.weights for t in plan.targets if plan.codec_of[t.name] == name):,}",
+            f"{speeds[name]:.2g}x" if name in speeds else "-",
         )
         for name, spec in plan.codecs.items()
     ]
-    print(text.table(("codec", "d", "K", "stored as", "tensors", "weights"), rows))
+    header = ("codec", "d", "K", "stored as", "tensors", "weights", "speed vs bf16")
+    print(text.table(header, rows))
     lines = [
         ("memory", f"up to {text.size(plan.memory)}"),
         ("weight files", against("bf16", plan.bytes_bf16, plan.bytes)),
@@ -156,6 +160,9 @@ def print_plan(plan: Plan) -> None:
     for tensor in plan.dense:
         lines.append(("left dense", f"{tensor.name}: {tensor.weights:,} weights, {tensor.reason}"))
     print(f"\n{text.facts(lines)}")
+    slow = [name for name, speed in speeds.items() if speed < 1]
+    if slow:
+        print(f"note: {', '.join(slow)}: {SLOW}")
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -166,6 +173,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "bytes_bf16": plan.bytes_bf16,
         "seconds": plan.seconds,
         "memory": plan.memory,
+        "speeds": plan.speeds,
         "tensors": [
             {"name": t.name, "shape": list(t.shape), "codec": plan.codec_of[t.name]}
             for t in plan.targets

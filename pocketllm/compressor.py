@@ -26,7 +26,14 @@ from .encode import Factors, encode_rows, factorise, relative_errors
 from .errors import PocketError
 from .layout import Target, cut, normalise, row_statistics
 from .memory import give_back, peak_memory
-from .planning import WINDOW, Plan, make_plan, predict_work, training_subvectors
+from .planning import (
+    WINDOW,
+    Plan,
+    make_plan,
+    predict_speeds,
+    predict_work,
+    training_subvectors,
+)
 from .progress import Progress
 from .report import write_model_card
 from .schema import ModuleSpec
@@ -140,7 +147,7 @@ def compress(
 
 
 def plan(model: str | os.PathLike[str], config: PocketConfig | None = None) -> Plan:
-    """What ``compress`` would do with these arguments: shapes, size, memory and time.
+    """What ``compress`` would do with these arguments: shapes, size, memory, time and speed.
 
     Raises:
         PocketError: as ``compress`` would, for everything that is known before the work.
@@ -151,6 +158,7 @@ def plan(model: str | os.PathLike[str], config: PocketConfig | None = None) -> P
     with _threads(config.workers):
         result = make_plan(meta_model(folder), config)
         result.seconds = predict_work(result, config).total
+        result.speeds = predict_speeds(result)
     return result
 
 

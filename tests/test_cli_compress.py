@@ -161,6 +161,8 @@ def test_dry_run_predicts_and_makes_nothing(
     assert planned["bytes"] == pytest.approx(made.bytes, rel=0.1)
     assert planned["bytes_bf16"] == made.bytes_bf16
     assert planned["seconds"] > 0 and planned["memory"] > made.bytes_bf16
+    assert set(planned["speeds"]) == {tensor["codec"] for tensor in planned["tensors"]}
+    assert all(speed > 0 for speed in planned["speeds"].values())
 
 
 def test_same_bytes_with_one_and_two_workers(

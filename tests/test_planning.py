@@ -6,7 +6,8 @@ import pytest
 from tiny_models import tiny_model
 
 from pocketllm import PocketConfig
-from pocketllm.planning import make_plan
+from pocketllm.commands import print_plan
+from pocketllm.planning import make_plan, predict_speeds
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2"])
@@ -20,3 +21,18 @@ def test_every_codec_is_learnt_from_some_matrix(architecture: str, bits: float) 
             assert plan.codec_of[target.name] == plan.codec_of[target.tied_to]
     assert plan.bits_per_weight <= bits
     assert plan.weights == sum(t.weights for t in owners)
+
+
+def test_speeds_are_measured_and_slow_codecs_named(capsys: pytest.CaptureFixture[str]) -> None:
+    config = PocketConfig(subvector=4, codebook=32, norm="rln")
+    plan = make_plan(tiny_model("llama"), config)
+    plan.speeds = predict_speeds(plan)
+    # A decoder that runs for every row cannot keep up with a dense matrix.
+    (name,) = plan.codecs
+    assert 0 < plan.speeds[name] < 1
+    print_plan(plan)
+    assert f"note: {name}: slower than dense" in capsys.readouterr().out
+    plan.speeds = {name: 2.5}
+    print_plan(plan)
+    said = capsys.readouterr().out
+    assert "2.5x" in said and "note" not in said
