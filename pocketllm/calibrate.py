@@ -12,6 +12,7 @@ a matrix of moments too, and windows are summed in order.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import tempfile
@@ -252,7 +253,7 @@ class Calibrator:
             raise PocketError(f"model: {type(self.model).__name__} has no output head")
 
         def gradient(window: int) -> torch.Tensor:
-            self._local.inputs = []
+            self._await_inputs(None)
             state = states[window].detach().requires_grad_()
             self._run(window, len(self._layers), state, learn=True)
             ((x, _),) = self._local.inputs
@@ -316,14 +317,19 @@ class Calibrator:
         sums: dict[Names, torch.Tensor] = {}
         tokens: dict[Names, int] = {}
         together = self._ahead
+        # Where each is called once, a window is done when all have been.
+        awaited, once = None, True
         handles = [m.register_forward_pre_hook(self._hook(n)) for n, m in modules.items()]
         try:
             for first in range(0, len(self.windows), together):
                 group = range(first, min(first + together, len(self.windows)))
                 inputs: dict[Names, list[torch.Tensor]] = {}
-                for found in self._each(lambda w: self._inputs(w, index), group):
+                work = functools.partial(self._inputs, index=index, awaited=awaited)
+                for found, calls in self._each(work, group):
+                    once = once and sorted(calls) == sorted(modules)
                     for x, readers in found:
                         inputs.setdefault(tuple(readers), []).append(x)
+                awaited = frozenset(modules) if once else None
                 for names, xs in inputs.items():
                     tokens[names] = tokens.get(names, 0) + sum(map(len, xs))
                     if names not in sums:
@@ -336,12 +342,20 @@ class Calibrator:
             _mirror(total)
         return _means(modules, sums, tokens)
 
-    def _inputs(self, window: int, index: int) -> list[tuple[torch.Tensor, list[str]]]:
-        """Distinct inputs (tokens, in) of one window, float32, each with who reads it."""
-        self._local.inputs = []
+    def _inputs(
+        self, window: int, index: int, awaited: frozenset[str] | None
+    ) -> tuple[list[tuple[torch.Tensor, list[str]]], list[str]]:
+        """Distinct inputs (tokens, in) of one window, float32, each with who reads it; and who was
+        called, each time."""
+        self._await_inputs(awaited)
         self._run(window, index, self._state(window))
         found, self._local.inputs = self._local.inputs, []
-        return [(x.reshape(-1, x.shape[-1]).float(), names) for x, names in found]
+        return [(x.reshape(-1, x.shape[-1]).float(), n) for x, n in found], self._local.calls
+
+    def _await_inputs(self, awaited: frozenset[str] | None) -> None:
+        """Makes this thread note inputs; a forward pass ends where all ``awaited`` have theirs."""
+        self._local.inputs, self._local.calls = [], []
+        self._local.awaited = None if awaited is None else set(awaited)
 
     def _add(
         self,
@@ -365,13 +379,19 @@ class Calibrator:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
             del module
-            x = args[0]
-            for seen, names in self._local.inputs:  # tensors held here cannot share an address
+            local, x = self._local, args[0]
+            local.calls.append(name)
+            for seen, names in local.inputs:  # tensors held here cannot share an address
                 same = seen.data_ptr() == x.data_ptr() and seen.shape == x.shape
                 if same and name not in names:
                     names.append(name)
-                    return
-            self._local.inputs.append((x, [name]))
+                    break
+            else:
+                local.inputs.append((x, [name]))
+            if local.awaited is not None:
+                local.awaited.discard(name)
+                if not local.awaited:
+                    raise _Done
 
         return note
 

@@ -20,7 +20,7 @@ MAX_CODEBOOK = 65536
 # Published settings (arXiv 2511.17637): RLN inside, h = 16, lambda = 0.5; the ratio in the name is
 # the paper's own, against fp32. RLN inside takes a row's mean and magnitude away; both are kept, in
 # a byte each (docs/METHOD.md says why).
-_PUBLISHED = {"norm": "rln", "table_dtype": "float16", "row_shift": True}
+_PUBLISHED = {"batch": 16384, "norm": "rln", "table_dtype": "float16", "row_shift": True}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-8x": {"subvector": 4, "codebook": 32768, **_PUBLISHED},
     "paper-10x": {"subvector": 4, "codebook": 4096, **_PUBLISHED},
@@ -54,7 +54,7 @@ class PocketConfig:
             the codec is the published form to the letter; see docs/METHOD.md for what that costs.
         epochs: passes over the training sub-vectors; None picks by size.
         learning_rate: Adam's, multiplied by 0.1 at 30 % and 60 % and 90 % of the epochs.
-        batch: sub-vectors a training step.
+        batch: sub-vectors a training step; None picks by codebook, 4,096 to 16,384.
         codebook_loss: lambda, weight of the codebook term.
         codebook_init: ``"kmeans"``, ``"normal"`` or ``"uniform"``.
         calibration: text file whose activations weight the error; None = plain reconstruction.
@@ -82,7 +82,7 @@ class PocketConfig:
     row_shift: bool = False
     epochs: int | None = None
     learning_rate: float = 1.6e-2
-    batch: int = 16384
+    batch: int | None = None
     codebook_loss: float = 0.5
     codebook_init: str = "kmeans"
     calibration: str | None = None
@@ -104,13 +104,12 @@ class PocketConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise PocketError(f"{name}: got {value!r}, want one of {', '.join(choices)}")
-        for name in ("hidden", "batch", "calibration_windows"):
+        for name in ("hidden", "calibration_windows"):
             _check_integer(name, getattr(self, name), 1, None)
         _check_integer("hidden", self.hidden, 1, 64)
-        if self.epochs is not None:
-            _check_integer("epochs", self.epochs, 1, None)
-        if self.workers is not None:
-            _check_integer("workers", self.workers, 1, None)
+        for name in ("epochs", "batch", "workers"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1, None)
         _check_integer("seed", self.seed, 0, 2**32 - 1)
         for name in ("learning_rate", "codebook_loss"):
             _check_positive(name, getattr(self, name))

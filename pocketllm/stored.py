@@ -8,15 +8,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from .codec import Codec, refine_table, train_codec
+from .codec import DEFAULT_UPDATES, Codec, refine_table, train_codec
 from .config import PocketConfig
 from .kernels import CodecView
 from .schema import CodecSpec
 
-REFINE_ITERATIONS = 6
+REFINE_ITERATIONS = 12
+# Sub-vectors of a training step. A table that starts at k-means and ends with Lloyd's iterations is
+# as good after fewer epochs of smaller steps between them (docs/METHOD.md).
+BATCH = 16384
+SHORT_BATCH, BATCH_PER_CODEWORD = 4096, 4
+SHORT_EPOCHS = 4
 INT8_MAX = 127
 
 
@@ -99,8 +105,7 @@ def train_stored_codec(
         hidden=spec.hidden,
         norm=spec.norm,
         init=config.codebook_init,
-        epochs=config.epochs,
-        batch=config.batch,
+        **_training_length(config, spec, sum(rows.size for rows in groups)),
         lr=config.learning_rate,
         codebook_loss=config.codebook_loss,
         seed=config.seed,
@@ -120,6 +125,16 @@ def train_stored_codec(
         seed=config.seed,
     )
     return StoredCodec(spec, round_table(table, spec.storage), None, result.warnings)
+
+
+def _training_length(config: PocketConfig, spec: CodecSpec, values: int) -> dict[str, Any]:
+    """``epochs`` and ``batch`` of :func:`train_codec` for so many values, where not given."""
+    if spec.storage == "decoder" or config.codebook_init != "kmeans":
+        return {"epochs": config.epochs, "batch": config.batch or BATCH}
+    batch = config.batch or min(BATCH, max(SHORT_BATCH, BATCH_PER_CODEWORD * spec.codebook))
+    updates = -(-values // (spec.subvector * batch))
+    epochs = config.epochs or max(SHORT_EPOCHS, -(-DEFAULT_UPDATES["kmeans"] // updates))
+    return {"epochs": epochs, "batch": batch}
 
 
 def round_table(table: np.ndarray, storage: str) -> dict[str, np.ndarray]:

@@ -114,6 +114,24 @@ def test_workers_do_not_change_a_bit() -> None:
     assert torch.get_num_threads() == threads
 
 
+def test_linears_called_twice_give_all_their_inputs() -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        plain = layer.mlp.forward
+        layer.mlp.forward = lambda x, plain=plain: plain(x) + plain(x / 2)
+    assert_close(collect(model), naive(model))
+
+
+def test_a_window_ends_where_the_last_linear_has_its_input() -> None:
+    model = tiny_model("llama")
+    computed: list[int] = []
+    last = model.model.layers[0].mlp.down_proj
+    last.register_forward_hook(lambda *_: computed.append(1))
+    collect(model, workers=1)
+    # Two windows show what is called; all five go on to the next layer.
+    assert len(computed) == 2 + len(WINDOWS)
+
+
 def test_inputs_in_common_are_summed_once() -> None:
     model = tiny_model("llama")
     moments = collect(model)

@@ -13,9 +13,12 @@ from pocketllm import kernels
 from pocketllm.codec import Codec, KernelEngine, index_entropy, train_codec
 from pocketllm.codec_init import identity_coder, linear_mlp, random_coder
 from pocketllm.codec_torch import TorchCodec, train_torch
+from pocketllm.config import PocketConfig
 from pocketllm.errors import PocketError
 from pocketllm.kmeans import draw_by_error, kmeans, refine_table
 from pocketllm.layout import normalise
+from pocketllm.schema import CodecSpec
+from pocketllm.stored import train_stored_codec
 
 NORMS = ["input", "ln", "rln"]
 
@@ -310,3 +313,18 @@ def test_codec_beats_plain_kmeans_on_the_reference_model(reference_model: Path) 
     table = refine_table(codec.fold(), rows)
     _, error = kernels.nearest(rows.reshape(-1, 4), table, return_error=True)
     assert error.mean() / 4 <= lloyd(rows.reshape(-1, 4), 64, 20, 24)
+
+
+@pytest.mark.parametrize(("d", "codewords"), [(2, 64), (4, 200)])
+def test_short_training_stores_as_good_a_table_as_the_published_steps(
+    d: int, codewords: int
+) -> None:
+    rows = weights_like(5, 256, 512, d)
+    spec = CodecSpec("c", d, codewords, 16, "input", "table-int8")
+
+    def error(**settings: Any) -> float:
+        table = train_stored_codec([rows], spec, PocketConfig(**settings)).table
+        _, errors = kernels.nearest(rows.reshape(-1, d), table, return_error=True)
+        return float(errors.mean())
+
+    assert error() <= 1.005 * error(batch=16384, epochs=75)
