@@ -44,6 +44,7 @@ PER_ISA = [
     "search.c",
     "train.c",
     "tree_build.c",
+    "tree_cells.c",
     "tree_search.c",
 ]
 ISA_FLAGS = {

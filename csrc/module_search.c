@@ -95,7 +95,7 @@ static PyObject *new_index(PyObject *self, PyObject *args)
 
     Py_BEGIN_ALLOW_THREADS
     status = held->kernels->tree_build(&held->tree, pllm_data(codebook), held->k, held->d,
-                                       pllm_data(weight), pllm_data(bias), threads);
+                                       pllm_data(weight), pllm_data(bias), PTRDIFF_MAX, threads);
     Py_END_ALLOW_THREADS
     if (pllm_succeeded(status))
         capsule = PyCapsule_New(held, index_name, release_index);

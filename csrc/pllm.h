@@ -102,9 +102,11 @@ typedef int pllm_nearest_fn(const float *z, ptrdiff_t n, const float *codebook, 
 typedef struct pllm_tree pllm_tree;
 
 /* *tree = a new tree of this codebook, which it copies; release it with free(). NULL on failure.
- * codebook: (k, d).  weight: (d) or NULL.  bias: (k) or NULL.  Returns PLLM_OK or PLLM_ENOMEM. */
+ * codebook: (k, d).  weight: (d) or NULL.  bias: (k) or NULL.  queries: about how many will be searched
+ * for, in all: the more, the longer the tree takes to build and the faster it is.
+ * Returns PLLM_OK or PLLM_ENOMEM. */
 typedef int pllm_tree_build_fn(pllm_tree **tree, const float *codebook, int k, int d,
-                               const float *weight, const float *bias, int threads);
+                               const float *weight, const float *bias, ptrdiff_t queries, int threads);
 
 /* What nearest gives for the tree's codebook, bit for bit.
  * previous: (n) or NULL, a guess of each index, each 0..k-1: the closer, the faster; may be `index`.

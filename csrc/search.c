@@ -6,7 +6,7 @@
  * score of each block of 32 codewords is kept on the way; the winning block is scored again at the end
  * for its lowest index.
  */
-#include "kernel.h"
+#include "tree.h"
 
 #include <assert.h>
 #include <omp.h>
@@ -237,8 +237,8 @@ done:
  * with fewer queries than 40000 / d building takes longer than what is gained. */
 static int tree_pays(ptrdiff_t n, int k, int d)
 {
-    return k >= (d <= 4 ? 2048 : d <= 8 ? 4096 : d <= 12 ? 16384 : PLLM_MAX_CODEWORDS + 1) &&
-           n >= 40000 / d;
+    const int enough = d <= 4 ? 2048 : d <= 8 ? 4096 : d <= 12 ? 16384 : PLLM_MAX_CODEWORDS + 1;
+    return n >= 40000 / d && (k >= enough || tree_lists_pay(n, k, d));
 }
 
 int PLLM_SYM(pllm_nearest)(const float *z, ptrdiff_t n, const float *codebook, int k, int d,
@@ -248,7 +248,7 @@ int PLLM_SYM(pllm_nearest)(const float *z, ptrdiff_t n, const float *codebook, i
     if (!tree_pays(n, k, d))
         return scan(z, n, codebook, k, d, weight, bias, index, error, threads);
     pllm_tree *tree;
-    int status = PLLM_SYM(pllm_tree_build)(&tree, codebook, k, d, weight, bias, threads);
+    int status = PLLM_SYM(pllm_tree_build)(&tree, codebook, k, d, weight, bias, n, threads);
     if (status == PLLM_OK)
         status = PLLM_SYM(pllm_tree_search)(tree, z, n, NULL, index, error, threads);
     free(tree);

@@ -1,9 +1,12 @@
-/* tree.h - the search tree, shared by tree_build.c and tree_search.c.
+/* tree.h - the search tree, shared by tree_build.c, tree_cells.c and tree_search.c.
  *
  * Codewords are ordered by a k-d tree that splits the dimension of the largest variance in two, cut into
  * leaves of leaf_size codewords, and every leaf gets its bounding box. TREE_FAN consecutive boxes are
  * the children of one box of the next level, up to a level of at most TREE_TOP boxes, all of which every
  * query is compared with. The split planes lead a query to the leaf it lies in, which is searched first.
+ * For many queries the leaves are cut further into cells, each with a list of the codewords nearest to it:
+ * the queries of a cell walk through its list together, and only those whose lists end too early are
+ * searched for in the tree.
  *
  * Why no codeword is missed although floats are rounded. Write u for 2^-24, y = w c for the weighted
  * codeword and o for its offset, both as the scan holds them, C = sqrt(w) c and X = sqrt(w) x for what
@@ -19,7 +22,20 @@
  * |X|^2 summed in float (off by at most d u |X|^2), the rest in double and then rounded.
  * K is several times the sum of the factors above, so a bound above T means, by (1), s > best: strictly,
  * so that ties are never cut off. `tiny`, TREE_TINY (1 + |x|_1 + |X|_1), and TREE_TINY (1 + |C|_1) taken
- * from beta, exceed what underflow can do. Inputs above TREE_LARGE, where squares might overflow, and
+ * from beta, exceed what underflow can do.
+ *
+ * For a query of a cell, X lies in the cell's region: lo_j <= X_j <= hi_j for the cuts on its way, which
+ * were compared with the same floats; a side without a cut is infinite. With
+ * gap_j = max(lo_j - C_j, C_j - hi_j, 0) <= |X_j - C_j| and beta its own, the bound of a codeword to the
+ * region is computed as that of a box to a query, and all of the above holds for it. So does it for boxes:
+ * what the search for a list's codewords leaves out lies in boxes whose bound to the region, or has a
+ * bound itself, above a limit. The lists are sorted but roughly; what is compared with T is the least of
+ * the bounds from some place of the list on, of those cut off at its end, and that limit. In the lanes T
+ * is computed in float, as v + K |v| with v = 2 best + q, q = (1 + K) |X|^2 + tiny: off by at most
+ * 3 u |v| + (d + 4) u |X|^2, the loss of tiny beside a large |X|^2 included. With what (1) and the bound
+ * ask for, 2 (d + 4) u + (d + 10) u, that is (4 d + 22) u |X|^2 of the K |X|^2 in q.
+ *
+ * Inputs above TREE_LARGE, where squares might overflow, and
  * NaN are searched by the scan over all codewords.
  */
 #ifndef PLLM_TREE_H
@@ -31,7 +47,8 @@ enum {
     TREE_FAN = VF_WIDTH < 8 ? 8 : VF_WIDTH, /* boxes tested at once */
     TREE_TOP = 64,                          /* boxes every query is compared with, at most */
     TREE_LEVELS = 6,
-    TREE_LEAF_MAX = 16
+    TREE_LEAF_MAX = 16,
+    TREE_CELL_MAX = 6 /* the longest codewords that lists are made of */
 };
 
 #define TREE_LARGE 1e15f
@@ -41,6 +58,24 @@ static inline double tree_slack(int d) { return 8.0 * (d + 8) * 0x1p-24; }
 
 /* Codewords of a leaf. */
 static inline int tree_leaf_size(int d) { return d <= 8 ? TREE_FAN : TREE_LEAF_MAX; }
+
+/* At x[axis] >= at a query goes right. */
+typedef struct {
+    float at;
+    uint32_t axis;
+} tree_cut;
+
+/* Lists of codewords, by d: how many are in one; into how many cells a leaf is cut, 2^levels; and how many
+ * queries for each codeword it takes for lists to pay, which is measured. */
+static const struct {
+    int length, levels, queries;
+} tree_lists[TREE_CELL_MAX + 1] = {{0, 0, 0},    {0, 0, 0},    {32, 1, 4},  {64, 2, 12},
+                                   {128, 2, 16}, {256, 1, 32}, {384, 1, 48}};
+
+static inline int tree_lists_pay(ptrdiff_t queries, int k, int d)
+{
+    return d >= 2 && d <= TREE_CELL_MAX && k >= 1024 && queries / tree_lists[d].queries >= k;
+}
 
 struct pllm_tree {
     pllm_codebook codebook; /* the plain scan's: takes the queries that the tree cannot */
@@ -53,8 +88,30 @@ struct pllm_tree {
     float *boxes[TREE_LEVELS]; /* (ceil(box_count / TREE_FAN), 2 d + 1, TREE_FAN): beta, lo and hi by j */
     float *leaves;  /* (leaf_count, d + 1, leaf_size): as a codebook's blocks, in the tree's order */
     int32_t *order; /* (leaf_count * leaf_size) the codeword at each place; INT32_MAX behind the last */
-    float *cut;     /* (2^depth) at x[axis] >= cut a query goes right; node 1 is the root, 2 i + side */
-    int32_t *axis;  /* (2^depth) */
+    tree_cut *cut;  /* (2^(depth + cell_levels)) node 1 is the root, then 2 i + side */
+    int list_length; /* codewords of a cell's list, a multiple of TREE_FAN; 0 without lists */
+    int cell_levels; /* a leaf is cut into 2^cell_levels cells */
+    uint16_t *list; /* (leaf_count << cell_levels, list_length) places of those nearest to the cell */
+    float *bound;   /* (leaf_count << cell_levels, list_length / TREE_FAN + 1) the least bound from the
+                       TREE_FAN codewords on; at the end that of all codewords not in the list */
+    float *rows;    /* (leaf_count * leaf_size, d + 1) as `leaves`, codeword by codeword */
 };
+
+/* beta of a box; its sides follow in steps of TREE_FAN. */
+static inline float *tree_box(const pllm_tree *tree, int level, int box)
+{
+    return tree->boxes[level] + (size_t)(box / TREE_FAN * (2 * tree->codebook.d + 1)) * TREE_FAN +
+           box % TREE_FAN;
+}
+
+/* Cuts the leaves into cells and fills their lists. scaled: (leaf_count, d + 1, leaf_size), beta and C of
+ * each place. Returns PLLM_OK or PLLM_ENOMEM. */
+int PLLM_SYM(pllm_cells_build)(pllm_tree *tree, const float *scaled, int threads);
+
+/* Searches for the queries z[sorted[i]], ordered by cell; end: where each cell's end. For
+ * those that need more than a list, index gets the best of it, and their numbers come to the front of
+ * `sorted`, in the same order; the rest of `sorted` is undefined. Returns how many they are. */
+int PLLM_SYM(pllm_cells_search)(const pllm_tree *tree, const float *z, int32_t *sorted,
+                                const int32_t *end, int32_t *index, float *error);
 
 #endif

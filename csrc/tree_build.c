@@ -16,6 +16,7 @@ typedef struct {
     float *rows, *spare; /* (k, d) scaled codewords in the order so far */
     int32_t *spare_order;
     uint64_t *keys; /* (k) */
+    float *scaled;  /* (leaf_count, d + 1, leaf_size) for the lists (tree.h), or NULL */
 } build;
 
 /* A float as an integer of the same order. */
@@ -109,11 +110,10 @@ static void split(build *b, int node, int first_leaf, int span)
     const int last = (first_leaf + span) * size < b->k ? (first_leaf + span) * size : b->k;
     if (span == 1)
         return;
-    tree->axis[node] = 0;
-    tree->cut[node] = INFINITY;
+    tree->cut[node] = (tree_cut){INFINITY, 0};
     if (middle < last) {
-        tree->axis[node] = widest_axis(b, first, last);
-        tree->cut[node] = partition(b, first, middle, last, tree->axis[node]);
+        const int axis = widest_axis(b, first, last);
+        tree->cut[node] = (tree_cut){partition(b, first, middle, last, axis), (uint32_t)axis};
 #pragma omp task if (span > TASK_LEAVES)
         split(b, 2 * node + 1, first_leaf + half, half);
     }
@@ -140,48 +140,47 @@ static double codeword_beta(const float *row, int d, float offset)
     return bias - tree_slack(d) * (fabs(bias) + 2.0 * square) - TREE_TINY * (1.0 + size);
 }
 
-static float *box_at(const pllm_tree *tree, int level, int box)
-{
-    return tree->boxes[level] + (size_t)(box / TREE_FAN * (2 * tree->codebook.d + 1)) * TREE_FAN +
-           box % TREE_FAN;
-}
-
 /* Fills leaf `leaf` and its box. */
 static void fill_leaf(const build *b, int leaf)
 {
     const pllm_tree *tree = b->tree;
     const int d = b->d, size = tree->leaf_size, block = PLLM_CODEBOOK_BLOCK;
     float *to = tree->leaves + (size_t)leaf * (size_t)((d + 1) * size);
-    float *box = box_at(tree, 0, leaf);
-    double beta = INFINITY;
+    float *scaled = b->scaled ? b->scaled + (to - tree->leaves) : NULL;
+    float *box = tree_box(tree, 0, leaf);
+    *box = INFINITY;
     for (int i = 0; i < size; i++) {
         const int place = leaf * size + i, from = place < b->k ? tree->order[place] : 0;
         const float *c = tree->codebook.blocks + (size_t)(from / block * (d + 1)) * (size_t)block +
                          from % block;
         const float *row = b->rows + (size_t)place * (size_t)d;
+        const float beta = place < b->k ? at_most(codeword_beta(row, d, c[0])) : INFINITY;
         for (int j = 0; j <= d; j++)
             to[j * size + i] = place < b->k ? c[j * block] : j ? 0.0f : INFINITY;
+        for (int j = 0; scaled && j <= d; j++) {
+            scaled[j * size + i] = j == 0 ? beta : place < b->k ? row[j - 1] : 0.0f;
+            tree->rows[(size_t)place * (size_t)(d + 1) + (size_t)j] = to[j * size + i];
+        }
+        *box = fminf(*box, beta);
         if (place >= b->k) {
             tree->order[place] = INT32_MAX;
             continue;
         }
-        beta = fmin(beta, codeword_beta(row, d, c[0]));
         for (int j = 0; j < d; j++) {
             float *lo = box + (2 * j + 1) * TREE_FAN, *hi = lo + TREE_FAN;
             *lo = i == 0 || row[j] < *lo ? row[j] : *lo;
             *hi = i == 0 || row[j] > *hi ? row[j] : *hi;
         }
     }
-    *box = at_most(beta);
 }
 
 /* Box `box` of a level above the leaves: around its children. */
 static void fill_box(const pllm_tree *tree, int level, int box)
 {
-    float *to = box_at(tree, level, box);
+    float *to = tree_box(tree, level, box);
     const int first = box * TREE_FAN, below = tree->box_count[level - 1];
     for (int child = first; child < first + TREE_FAN && child < below; child++) {
-        const float *from = box_at(tree, level - 1, child);
+        const float *from = tree_box(tree, level - 1, child);
         *to = child == first || *from < *to ? *from : *to;
         for (int j = 0; j < tree->codebook.d; j++) {
             const int lo = (2 * j + 1) * TREE_FAN, hi = lo + TREE_FAN;
@@ -202,7 +201,7 @@ static void fill_boxes(const build *b, int threads)
         for (int box = 0; level > 0 && box < count; box++)
             fill_box(tree, level, box);
         for (int box = count; box % TREE_FAN; box++) { /* never at or below any threshold */
-            float *to = box_at(tree, level, box);
+            float *to = tree_box(tree, level, box);
             *to = INFINITY;
             for (int j = 1; j <= 2 * tree->codebook.d; j++)
                 to[j * TREE_FAN] = 0.0f;
@@ -236,9 +235,13 @@ static int scale_rows(const build *b)
 }
 
 /* Sizes of the tree of k codewords of length d; the pointers are left NULL. */
-static pllm_tree shape_of(int k, int d)
+static pllm_tree shape_of(int k, int d, ptrdiff_t queries)
 {
     pllm_tree tree = {.leaf_size = tree_leaf_size(d)};
+    if (tree_lists_pay(queries, k, d)) {
+        tree.list_length = tree_lists[d].length;
+        tree.cell_levels = tree_lists[d].levels;
+    }
     tree.leaf_count = (k + tree.leaf_size - 1) / tree.leaf_size;
     while ((1 << tree.depth) < tree.leaf_count)
         tree.depth++;
@@ -277,8 +280,14 @@ static size_t lay_out(pllm_tree *tree, char *memory, int k, int d, int weighted,
     }
     tree->leaves = place(memory, &used, places * (size_t)(d + 1), sizeof(float));
     tree->order = place(memory, &used, places, sizeof(int32_t));
-    tree->cut = place(memory, &used, (size_t)1 << tree->depth, sizeof(float));
-    tree->axis = place(memory, &used, (size_t)1 << tree->depth, sizeof(int32_t));
+    tree->cut = place(memory, &used, (size_t)1 << (tree->depth + tree->cell_levels), sizeof(tree_cut));
+    if (tree->list_length) {
+        const size_t cells = (size_t)tree->leaf_count << tree->cell_levels;
+        const size_t length = (size_t)tree->list_length;
+        tree->list = place(memory, &used, cells * length, sizeof(uint16_t));
+        tree->bound = place(memory, &used, cells * (length / TREE_FAN + 1), sizeof(float));
+        tree->rows = place(memory, &used, places * (size_t)(d + 1), sizeof(float));
+    }
     return used;
 }
 
@@ -297,19 +306,22 @@ static void take_codebook(pllm_tree *tree, const float *codebook, const float *w
 }
 
 int PLLM_SYM(pllm_tree_build)(pllm_tree **result, const float *codebook, int k, int d,
-                              const float *weight, const float *bias, int threads)
+                              const float *weight, const float *bias, ptrdiff_t queries,
+                              int threads)
 {
     assert(d >= 1 && d <= PLLM_MAX_SUBVECTOR && k >= 1);
     int status = PLLM_ENOMEM;
     const size_t floats = (size_t)k * (size_t)d;
-    pllm_tree shape = shape_of(k, d);
+    pllm_tree shape = shape_of(k, d, queries);
     pllm_tree *tree = pllm_alloc(lay_out(&shape, NULL, k, d, weight != NULL, bias != NULL));
     build b = {.tree = tree, .d = d, .k = k, .rows = pllm_alloc_floats(floats),
                .spare = pllm_alloc_floats(floats),
                .spare_order = pllm_alloc((size_t)k * sizeof(int32_t)),
                .keys = pllm_alloc((size_t)k * sizeof(uint64_t))};
     *result = NULL;
-    if (!tree || !b.rows || !b.spare || !b.spare_order || !b.keys)
+    if (shape.list_length)
+        b.scaled = pllm_alloc_floats((size_t)(shape.leaf_count * shape.leaf_size) * (size_t)(d + 1));
+    if (!tree || !b.rows || !b.spare || !b.spare_order || !b.keys || (shape.list_length && !b.scaled))
         goto done;
     *tree = shape;
     lay_out(tree, (char *)tree, k, d, weight != NULL, bias != NULL);
@@ -322,10 +334,15 @@ int PLLM_SYM(pllm_tree_build)(pllm_tree **result, const float *codebook, int k, 
         split(&b, 1, 0, 1 << tree->depth);
         fill_boxes(&b, threads);
     }
-    *result = tree;
-    tree = NULL;
     status = PLLM_OK;
+    if (tree->works && tree->list_length)
+        status = PLLM_SYM(pllm_cells_build)(tree, b.scaled, threads);
+    if (status == PLLM_OK) {
+        *result = tree;
+        tree = NULL;
+    }
 done:
+    free(b.scaled);
     free(b.keys);
     free(b.spare_order);
     free(b.spare);

@@ -2,10 +2,11 @@
  * Compiled once per instruction set.
  *
  * A thread takes a batch of queries, orders them by the leaf they lie in, so that neighbours in time are
- * neighbours in space and find what they need in cache, and searches one query after another: its own
- * leaf, then the leaves near it, for a tight first guess; then every leaf whose box is closer than the
- * guess. Boxes and codewords lie in the lanes. Where a query would have to look at too much (long
- * sub-vectors, few codewords), the whole search goes to the plain scan; a probe of some queries decides.
+ * neighbours in space and find what they need in cache. Many queries go through the lists of their cells
+ * first (tree_cells.c). For the others it searches one after another: its own leaf, then the leaves near
+ * it, for a tight first guess; then every leaf whose box is closer than the guess. Boxes and codewords
+ * lie in the lanes. Where a query would have to look at too much (long sub-vectors, few codewords), the
+ * plain scan takes the tree's place; a probe of some queries decides.
  */
 #include "tree.h"
 
@@ -13,11 +14,13 @@
 #include <omp.h>
 
 enum {
-    BATCH = 1 << 17, /* queries ordered together */
+    BATCH = 1 << 18, /* queries ordered together */
     TEAM = 32,       /* neighbours that go through the tree together: bits of a mask */
     ABREAST = 2,     /* members of a team in the inner loops */
+    CELL_QUERIES = 4, /* queries a cell, on average, from which on lists are quicker: measured */
     PROBE = 64,      /* queries of the probe */
-    ROUTE = 8        /* queries led to their leaves at the same time, to hide latency */
+    ROUTE = TREE_FAN, /* queries that are led to their leaves together, */
+    DESCENTS = 8     /* so many at the same time, to hide latency */
 };
 
 /* Boxes of one level, and for which members of the team each may hold something better. */
@@ -27,12 +30,14 @@ typedef struct {
 
 /* Memory of one thread. */
 typedef struct {
-    int32_t *key, *sorted; /* (BATCH) leaf of each query; the queries in order of their leaves */
-    int32_t *start;        /* (leaf_count + 2) */
+    int32_t *key, *sorted; /* (BATCH) leaf or cell of each query; the queries in order of these */
+    int32_t *start;        /* (cells + 2) */
     box_list list[2];      /* on two levels of the tree */
     box_list own;          /* (TEAM) boxes that have been searched, and for whom */
     int own_count;
     float *scan;           /* of the plain scan */
+    float *apart;          /* (PLLM_SEARCH_QUERIES, d) queries copied together for the plain scan */
+    int32_t *found;        /* (PLLM_SEARCH_QUERIES) its answers */
 } memory;
 
 /* Queries under way. */
@@ -46,13 +51,16 @@ typedef struct {
     long boxes, leaves; /* looked at */
 } team;
 
+static size_t cells_of(const pllm_tree *tree) { return (size_t)tree->leaf_count << tree->cell_levels; }
+
 /* A list holds every box of a level, and vi_compress writes past its end. */
 static size_t list_places(const pllm_tree *tree) { return (size_t)tree->leaf_count + 2 * TREE_FAN; }
 
 static size_t memory_floats(const pllm_tree *tree)
 {
-    return 2 * BATCH + 4 * list_places(tree) + 2 * TEAM + (size_t)tree->leaf_count + 2 +
-           pllm_search_scratch_floats(tree->codebook.d);
+    return 2 * BATCH + 4 * list_places(tree) + 2 * TEAM + cells_of(tree) + 2 +
+           pllm_search_scratch_floats(tree->codebook.d) +
+           PLLM_SEARCH_QUERIES * ((size_t)tree->codebook.d + 1);
 }
 
 static memory place_memory(const pllm_tree *tree, float *floats)
@@ -65,7 +73,9 @@ static memory place_memory(const pllm_tree *tree, float *floats)
     m.list[1] = (box_list){ints + 2 * places, ints + 3 * places};
     m.own = (box_list){ints + 4 * places, ints + 4 * places + TEAM};
     m.start = ints + 4 * places + 2 * TEAM;
-    m.scan = (float *)(void *)(m.start + tree->leaf_count + 2);
+    m.found = m.start + cells_of(tree) + 2;
+    m.apart = (float *)(void *)(m.found + PLLM_SEARCH_QUERIES);
+    m.scan = m.apart + PLLM_SEARCH_QUERIES * tree->codebook.d;
     return m;
 }
 
@@ -306,59 +316,129 @@ PLLM_INLINE void search_team(team *t, const int32_t *leaf, memory *m, const int 
     }
 }
 
-/* key[i] = leaf that z[i] lies in, or leaf_count when it has to be scanned for. */
-PLLM_INLINE void route(const pllm_tree *tree, const float *z, int n, int32_t *key, const int d)
+/* node[i] = where query i, x[0][i], x[1][i], ..., arrives after `depth` cuts. */
+PLLM_INLINE void descend_cuts(const tree_cut *cuts, int depth, const float *x, uint32_t *node)
 {
+    size_t at[DESCENTS];
+    PLLM_UNROLL
+    for (int i = 0; i < DESCENTS; i++)
+        at[i] = 1;
+    for (int level = 0; level < depth; level++) {
+        PLLM_UNROLL
+        for (int i = 0; i < DESCENTS; i++) {
+            const tree_cut *cut = cuts + at[i];
+            at[i] = 2 * at[i] + (x[(size_t)cut->axis * ROUTE + (size_t)i] >= cut->at);
+            PLLM_OPAQUE(at[i]); /* or the compiler packs them into vectors, only to unpack them again */
+        }
+    }
+    PLLM_UNROLL
+    for (int i = 0; i < DESCENTS; i++)
+        node[i] = (uint32_t)at[i];
+}
+
+/* key[i] = the leaf that z[i] lies in, or its cell, `levels` cuts further down; their number, `keys`, when
+ * it has to be scanned for. */
+PLLM_INLINE void route(const pllm_tree *tree, const float *z, int n, int levels, int keys, int32_t *key,
+                       const int d)
+{
+    const int depth = tree->depth + levels;
     for (int first = 0; first < n; first += ROUTE) {
         const int count = n - first < ROUTE ? n - first : ROUTE;
-        float x[ROUTE][PLLM_MAX_SUBVECTOR];
-        int32_t node[ROUTE], fits[ROUTE];
+        float x[PLLM_MAX_SUBVECTOR][ROUTE];
+        int32_t fits[ROUTE];
+        uint32_t node[ROUTE];
         for (int i = 0; i < ROUTE; i++) {
             const float *from = z + (ptrdiff_t)(first + (i < count ? i : 0)) * d;
-            node[i] = fits[i] = 1;
-            for (int j = 0; j < d; j++) {
-                x[i][j] = tree->weighted ? tree->root_weight[j] * from[j] : from[j];
-                fits[i] &= fabsf(from[j]) <= TREE_LARGE && fabsf(x[i][j]) <= TREE_LARGE;
-            }
+            PLLM_UNROLL
+            for (int j = 0; j < d; j++)
+                x[j][i] = from[j];
         }
-        for (int level = 0; level < tree->depth; level++)
-            for (int i = 0; i < ROUTE; i++)
-                node[i] = 2 * node[i] + (x[i][tree->axis[node[i]]] >= tree->cut[node[i]]);
+        for (int v = 0; v < ROUTE; v += VF_WIDTH) {
+            const vf large = vf_set1(TREE_LARGE);
+            vm fit = vf_le(large, large);
+            PLLM_UNROLL
+            for (int j = 0; j < d; j++) {
+                vf xj = vf_load(x[j] + v);
+                fit = vm_and(fit, vf_le(vf_abs(xj), large));
+                if (tree->weighted) {
+                    xj = vf_mul(vf_set1(tree->root_weight[j]), xj);
+                    fit = vm_and(fit, vf_le(vf_abs(xj), large));
+                    vf_store(x[j] + v, xj);
+                }
+            }
+            vi_store(fits + v, vi_keep(fit, vi_set1(1)));
+        }
+        for (int i = 0; i < ROUTE; i += DESCENTS)
+            descend_cuts(tree->cut, depth, x[0] + i, node + i);
         for (int i = 0; i < count; i++)
-            key[first + i] = fits[i] ? node[i] - (1 << tree->depth) : tree->leaf_count;
+            key[first + i] = fits[i] ? (int32_t)(node[i] - (1u << depth)) : keys;
     }
 }
 
-/* sorted = the n queries in order of their keys. */
-static void sort_queries(const pllm_tree *tree, int n, const memory *m)
+/* sorted = the n queries in order of their keys 0..keys; start[i] = where key i ends. */
+static void sort_queries(int keys, int n, const memory *m)
 {
-    const int keys = tree->leaf_count + 1;
-    memset(m->start, 0, (size_t)(keys + 1) * sizeof *m->start);
+    memset(m->start, 0, (size_t)(keys + 2) * sizeof *m->start);
     for (int i = 0; i < n; i++)
         m->start[m->key[i] + 1]++;
-    for (int i = 0; i < keys; i++)
+    for (int i = 0; i <= keys; i++)
         m->start[i + 1] += m->start[i];
     for (int i = 0; i < n; i++)
         m->sorted[m->start[m->key[i]]++] = i;
 }
 
-/* A batch of n <= BATCH queries. Returns the work done, in units of one codeword scored by the scan;
+/* The plain scan for the queries sorted[0..count), which are copied together. */
+PLLM_INLINE void scan_apart(const pllm_tree *tree, const float *z, int count, int32_t *index,
+                            float *error, const memory *m, const int d)
+{
+    for (int first = 0; first < count; first += PLLM_SEARCH_QUERIES) {
+        const int size = count - first < PLLM_SEARCH_QUERIES ? count - first : PLLM_SEARCH_QUERIES;
+        for (int i = 0; i < size; i++)
+            memcpy(m->apart + i * d, z + (ptrdiff_t)m->sorted[first + i] * d, (size_t)d * sizeof(float));
+        PLLM_SYM(pllm_search_slice)(&tree->codebook, m->apart, size, m->found, NULL, m->scan);
+        for (int i = 0; i < size; i++) {
+            const int at = m->sorted[first + i];
+            index[at] = m->found[i];
+            if (error)
+                error[at] = pllm_weighted_error(&tree->codebook, m->apart + i * d, m->found[i], d);
+        }
+    }
+}
+
+/* Do so many queries go through the lists? */
+static int searched_by_cell(const pllm_tree *tree, ptrdiff_t n)
+{
+    return tree->list_length && (size_t)n >= CELL_QUERIES * cells_of(tree);
+}
+
+/* A batch of n <= BATCH queries. What the lists leave is scanned for unless `by_tree`. Returns the work done, in units of one codeword scored by the scan;
  * the factors are measured. */
 PLLM_INLINE double search_batch(const pllm_tree *tree, const float *z, int n, const int32_t *previous,
-                                int32_t *index, float *error, memory *m, const int d)
+                                int by_tree, int32_t *index, float *error, memory *m, const int d)
 {
     team t = {.tree = tree};
     int32_t leaf[TEAM], at[TEAM];
-    route(tree, z, n, m->key, d);
-    sort_queries(tree, n, m);
-    const int odd = m->start[tree->leaf_count - 1]; /* where those begin that the tree cannot take */
-    for (int first = 0; first < odd; first += TEAM) {
-        t.size = odd - first < TEAM ? odd - first : TEAM;
-        for (int i = first + TEAM; i < first + 2 * TEAM && i < odd; i++)
+    const int by_cell = searched_by_cell(tree, n);
+    const int levels = by_cell ? tree->cell_levels : 0, keys = tree->leaf_count << levels;
+    route(tree, z, n, levels, keys, m->key, d);
+    sort_queries(keys, n, m);
+    const int odd = m->start[keys - 1]; /* where those begin that the tree cannot take */
+    int count = odd;
+    if (by_cell) {
+        count = PLLM_SYM(pllm_cells_search)(tree, z, m->sorted, m->start, index, error);
+        previous = index;
+    }
+    if (!by_tree) {
+        scan_apart(tree, z, count, index, error, m, d);
+        count = 0;
+    }
+    for (int first = 0; first < count; first += TEAM) {
+        t.size = count - first < TEAM ? count - first : TEAM;
+        for (int i = first + TEAM; i < first + 2 * TEAM && i < count; i++)
             PLLM_PREFETCH(z + (ptrdiff_t)m->sorted[i] * d);
         for (int i = 0; i < t.size; i++) {
             at[i] = m->sorted[first + i];
-            leaf[i] = m->key[at[i]];
+            leaf[i] = m->key[at[i]] >> levels;
             load_query(&t, i, z + (ptrdiff_t)at[i] * d, previous ? previous[at[i]] : -1, d);
         }
         search_team(&t, leaf, m, d, tree_leaf_size(d));
@@ -379,15 +459,15 @@ PLLM_INLINE double search_batch(const pllm_tree *tree, const float *z, int n, co
 /* One copy for each d, so that d is a constant in the inner loops. */
 #define SEARCH(D) \
     static double search_##D(const pllm_tree *tree, const float *z, int n, const int32_t *previous, \
-                             int32_t *index, float *error, memory *m) \
+                             int by_tree, int32_t *index, float *error, memory *m) \
     { \
-        return search_batch(tree, z, n, previous, index, error, m, D); \
+        return search_batch(tree, z, n, previous, by_tree, index, error, m, D); \
     }
 SEARCH(1) SEARCH(2) SEARCH(3) SEARCH(4) SEARCH(5) SEARCH(6) SEARCH(7) SEARCH(8)
 SEARCH(9) SEARCH(10) SEARCH(11) SEARCH(12) SEARCH(13) SEARCH(14) SEARCH(15) SEARCH(16)
 
-typedef double search_fn(const pllm_tree *, const float *, int, const int32_t *, int32_t *, float *,
-                         memory *);
+typedef double search_fn(const pllm_tree *, const float *, int, const int32_t *, int, int32_t *,
+                         float *, memory *);
 
 static search_fn *const search_of[PLLM_MAX_SUBVECTOR + 1] = {
     NULL,     search_1, search_2,  search_3,  search_4,  search_5,  search_6,  search_7, search_8,
@@ -403,7 +483,7 @@ static int pays(const pllm_tree *tree, const float *z, ptrdiff_t n, memory *m)
         return 1;
     for (int i = 0; i < PROBE; i++)
         memcpy(x + i * d, z + n / PROBE * i * d, (size_t)d * sizeof *x);
-    return search_of[d](tree, x, PROBE, NULL, index, NULL, m) < (double)tree->codebook.k * PROBE;
+    return search_of[d](tree, x, PROBE, NULL, 1, index, NULL, m) < (double)tree->codebook.k * PROBE;
 }
 
 int PLLM_SYM(pllm_tree_search)(const pllm_tree *tree, const float *z, ptrdiff_t n,
@@ -416,18 +496,20 @@ int PLLM_SYM(pllm_tree_search)(const pllm_tree *tree, const float *z, ptrdiff_t 
         return PLLM_ENOMEM;
 
     memory first = place_memory(tree, all);
-    const int use_tree = tree->works && pays(tree, z, n, &first);
-    const ptrdiff_t most = use_tree ? BATCH : PLLM_SEARCH_QUERIES;
     ptrdiff_t share = (n / threads / PROBE + 1) * PROBE;
-    share = share < most ? share : most;
+    share = share < BATCH ? share : BATCH;
+    const int by_tree = tree->works && pays(tree, z, n, &first);
+    const int by_cell = tree->works && searched_by_cell(tree, share);
+    if (!by_tree && !by_cell)
+        share = share < PLLM_SEARCH_QUERIES ? share : PLLM_SEARCH_QUERIES;
     const ptrdiff_t batches = (n + share - 1) / share;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (batches > 1)
     for (ptrdiff_t i = 0; i < batches; i++) {
         const ptrdiff_t start = i * share, count = n - start < share ? n - start : share;
         memory m = place_memory(tree, all + (size_t)omp_get_thread_num() * floats);
         float *error_at = error ? error + start : NULL;
-        if (use_tree)
-            search_of[d](tree, z + start * d, (int)count, previous ? previous + start : NULL,
+        if (by_tree || by_cell)
+            search_of[d](tree, z + start * d, (int)count, previous ? previous + start : NULL, by_tree,
                          index + start, error_at, &m);
         else
             PLLM_SYM(pllm_search_slice)(&tree->codebook, z + start * d, count, index + start, error_at,

@@ -200,6 +200,24 @@ def test_an_index_gives_what_the_scan_gives(isa, threads, kind):
                 assert np.array_equal(index.nearest(z[part], previous=previous), expected[part])
 
 
+@pytest.mark.parametrize("kind", SPREADS)
+def test_queries_in_the_lists_of_their_cells(isa, threads, kind):
+    for d, count in [(2, 1100), (4, 1500), (6, 1024)]:
+        codebook, z = spread(kind, 1, count, d), spread(kind, 2, 201, d)
+        codebook[-50:] = codebook[:50]
+        weight = np.abs(normals(3, d)) if d == 4 else None
+        bias = np.abs(normals(4, count)) if d == 6 else None
+        expected = scan(z, codebook, weight=weight, bias=bias)
+        order = np.random.default_rng(5).permutation(np.arange(40 * len(z)) % len(z))
+        many = z[order]  # so many that they share cells
+        index = kernels.SearchIndex(codebook, weight=weight, bias=bias)
+        assert np.array_equal(index.nearest(many), expected[order])
+        few, error = index.nearest(z, return_error=True)
+        again, errors = index.nearest(many, return_error=True)
+        assert np.array_equal(few, expected) and np.array_equal(again, expected[order])
+        assert np.array_equal(errors, error[order])
+
+
 def test_index_error_and_optimality(isa):
     z, codebook, bias = normals(1, 64, 8), normals(2, 5000, 8), np.abs(normals(3, 5000))
     weight = np.abs(normals(4, 8))
@@ -214,7 +232,7 @@ def test_index_error_and_optimality(isa):
     assert np.array_equal(twin.nearest(z, previous=index), index)
 
 
-@pytest.mark.parametrize(("d", "count"), [(1, 4096), (2, 4096), (4, 8192), (8, 16384)])
+@pytest.mark.parametrize(("d", "count"), [(1, 4096), (2, 4096), (3, 1024), (4, 8192), (8, 16384)])
 def test_many_queries_give_what_few_give(isa, threads, d, count):
     codebook, z = spread("heavy tails", 1, count, d), spread("heavy tails", 2, 40000 // d + 77, d)
     z[5], z[100, 0] = np.nan, 1e30

@@ -28,16 +28,35 @@ static void fill(float *x, int rows, int d, int kind)
 
 typedef struct {
     int n, k, d, kind, weighted, biased, guessed, threads;
+    int repeats; /* how often the n queries are asked, in other orders; 0 as 1 */
 } tree_case;
+
+/* Makes the arrays of queries `repeats` times as long, each time in another order. */
+static void repeat(float **z, int32_t **index, float **error, int n, int d, int repeats)
+{
+    float *more_z = new_floats((size_t)(n * repeats * d)), *more_error = new_floats((size_t)(n * repeats));
+    int32_t *more_index = new_ints((size_t)(n * repeats));
+    for (int i = 0; i < n * repeats; i++) {
+        const int from = (i % n + i / n * 31) % n;
+        memcpy(more_z + i * d, *z + from * d, (size_t)d * sizeof(float));
+        more_index[i] = (*index)[from];
+        more_error[i] = (*error)[from];
+    }
+    free(*z);
+    free(*index);
+    free(*error);
+    *z = more_z;
+    *index = more_index;
+    *error = more_error;
+}
 
 static void check_tree(const pllm_kernels *kernels, tree_case c)
 {
     float *z = new_floats((size_t)(c.n * c.d)), *codebook = new_floats((size_t)(c.k * c.d));
     float *weight = c.weighted ? new_floats((size_t)c.d) : NULL;
     float *bias = c.biased ? new_floats((size_t)c.k) : NULL;
-    float *error = new_floats((size_t)c.n), *want_error = new_floats((size_t)c.n);
-    int32_t *index = new_ints((size_t)c.n), *want = new_ints((size_t)c.n);
-    int32_t *guess = c.guessed ? new_ints((size_t)c.n) : NULL;
+    float *want_error = new_floats((size_t)c.n);
+    int32_t *want = new_ints((size_t)c.n);
     pllm_tree *tree = NULL;
     fill(codebook, c.k, c.d, c.kind);
     fill(z, c.n, c.d, c.kind);
@@ -49,13 +68,19 @@ static void check_tree(const pllm_kernels *kernels, tree_case c)
         weight[j] = j % 3 == 2 ? 0.0f : fabsf(random_normal());
     for (int i = 0; bias && i < c.k; i++)
         bias[i] = c.biased == 2 ? 1e6f + random_normal() : random_normal();
-    for (int i = 0; guess && i < c.n; i++)
-        guess[i] = (int32_t)(random_bits() % (uint32_t)c.k);
 
     kernels->nearest(z, c.n, codebook, c.k, c.d, weight, bias, want, want_error, 1);
-    int status = kernels->tree_build(&tree, codebook, c.k, c.d, weight, bias, c.threads);
+    if (c.repeats) {
+        repeat(&z, &want, &want_error, c.n, c.d, c.repeats);
+        c.n *= c.repeats;
+    }
+    float *error = new_floats((size_t)c.n);
+    int32_t *index = new_ints((size_t)c.n), *guess = c.guessed ? new_ints((size_t)c.n) : NULL;
+    for (int i = 0; guess && i < c.n; i++)
+        guess[i] = (int32_t)(random_bits() % (uint32_t)c.k);
+    int status = kernels->tree_build(&tree, codebook, c.k, c.d, weight, bias, PTRDIFF_MAX, c.threads);
     CHECK(status == PLLM_OK && tree, "tree_build returned %d", status);
-    for (int whole = 0; whole < 2 && tree; whole++) {
+    for (int whole = c.repeats > 0; whole < 2 && tree; whole++) {
         memset(index, 0x55, (size_t)c.n * sizeof *index);
         for (int at = 0, step = whole ? c.n : PIECE; at < c.n || (whole && at == 0); at += step + !step) {
             const int count = c.n - at < step ? c.n - at : step;
@@ -87,7 +112,7 @@ static void check_odd_queries(const pllm_kernels *kernels, int k, int d)
     float *z = new_normals((size_t)(PIECE * d)), *codebook = new_normals((size_t)(k * d));
     int32_t want[PIECE], index[PIECE];
     pllm_tree *tree = NULL;
-    kernels->tree_build(&tree, codebook, k, d, NULL, NULL, 1);
+    kernels->tree_build(&tree, codebook, k, d, NULL, NULL, PTRDIFF_MAX, 1);
     for (int i = 0; i < PIECE; i += 3)
         z[i * d + i % d] = odd[i % 6];
     for (int i = 0; i < PIECE; i++) /* the scan's own result may depend on the queries beside it */
@@ -97,7 +122,7 @@ static void check_odd_queries(const pllm_kernels *kernels, int k, int d)
     free(tree);
     for (int i = 0; i < k; i += 3) /* and a codebook that holds such numbers */
         codebook[i * d + i % d] = odd[i % 6];
-    kernels->tree_build(&tree, codebook, k, d, NULL, NULL, 1);
+    kernels->tree_build(&tree, codebook, k, d, NULL, NULL, PTRDIFF_MAX, 1);
     kernels->tree_search(tree, z, PIECE, NULL, index, NULL, 1);
     for (int i = 0; i < PIECE; i++)
         CHECK(index[i] >= 0 && index[i] < k, "index %d of %d", index[i], k);
@@ -112,15 +137,21 @@ void test_tree(const pllm_kernels *kernels)
     for (int d = 1; d <= PLLM_MAX_SUBVECTOR; d++) {
         for (int i = 0; i < 9; i++) {
             const int n = awkward_sizes[(d * 3 + i) % (AWKWARD_SIZES - 2)];
-            check_tree(kernels, (tree_case){n, codewords[i], d, 0, i & 1, (i >> 1) % 3, d & 1, 1 + (i & 1)});
+            check_tree(kernels, (tree_case){n, codewords[i], d, 0, i & 1, (i >> 1) % 3, d & 1, 1 + (i & 1), 0});
             check_odd_queries(kernels, codewords[i], d);
         }
         for (int kind = 0; kind < KINDS; kind++)
             check_tree(kernels, (tree_case){150, 600 + 37 * d, d, kind, (kind ^ d) & 1, (kind + d) % 3,
-                                            d & 1, 2});
+                                            d & 1, 2, 0});
     }
+    for (int d = 2; d <= 6; d++) /* so many queries go through lists */
+        for (int kind = d & 1; kind < KINDS; kind += 2) {
+            const int threads = kind ? 1 : 2, repeats = (d == 3 || d == 4 ? 13 : 7) * threads;
+            check_tree(kernels, (tree_case){173 + kind, 1024 + kind, d, kind, (kind >> 1 ^ d) & 1,
+                                            (kind + d) % 3, kind % 3 == 1, threads, repeats});
+        }
     for (int kind = 0; kind < KINDS; kind++) { /* three levels of boxes */
-        check_tree(kernels, (tree_case){200, 5003, 4, kind, 0, 0, kind & 1, 2});
-        check_tree(kernels, (tree_case){200, 9000, 8, kind, 0, kind % 3, 0, 1});
+        check_tree(kernels, (tree_case){200, 5003, 4, kind, 0, 0, kind & 1, 2, 0});
+        check_tree(kernels, (tree_case){200, 9000, 8, kind, 0, kind % 3, 0, 1, 0});
     }
 }
