@@ -53,7 +53,8 @@ ISA_FLAGS = {
         "avx2": ["-DPLLM_ISA_AVX2", "-mavx2", "-mfma", "-mf16c"],
         "avx512": [
             "-DPLLM_ISA_AVX512",
-            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi"),
+            *("-mavx512vnni", "-mbmi2", "-mavx2", "-mfma", "-mf16c"),
         ],
     },
     "aarch64": {"scalar": [], "neon": ["-DPLLM_ISA_NEON"]},

@@ -31,7 +31,8 @@ ISA_FLAGS = {
     "avx2": ["-DPLLM_ISA_AVX2", "-mavx2", "-mfma", "-mf16c"],
     "avx512": [
         "-DPLLM_ISA_AVX512",
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512vnni"),
+        *("-mbmi2", "-mavx2", "-mfma", "-mf16c"),
     ],
     "neon": ["-DPLLM_ISA_NEON"],
 }

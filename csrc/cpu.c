@@ -35,17 +35,20 @@ static int has_avx2(void)
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2);
 }
 
+/* The AVX-512 of Ice Lake, Zen 4 and later: with permutations of bytes and dot products of small integers.
+ * Machines that have less of it run the AVX2 kernels. */
 static int has_avx512(void)
 {
 #ifdef PLLM_SIMDE
     return 1; /* emulated */
 #else
     const unsigned zmm = 0xe6; /* SSE, AVX, opmask, both halves of ZMM */
-    const unsigned need = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    const unsigned need_b = bit_BMI2 | bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    const unsigned need_c = bit_AVX512VBMI | bit_AVX512VNNI;
     unsigned a, b, c, d;
     if (!has_avx2() || (saved_registers() & zmm) != zmm)
         return 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & need) == need;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & need_b) == need_b && (c & need_c) == need_c;
 #endif
 }
 #endif

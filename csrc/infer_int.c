@@ -13,15 +13,18 @@
 #include "infer_rows.h"
 
 enum {
-    SPAN_VALUES = 512,   /* the most columns of a span */
-    SPAN_STEP = 32,      /* spans are padded to whole vectors of every instruction set */
     TILE_ROWS = 64,      /* rows decoded at a time: 64 KiB, half of a small second-level cache */
     TILE_ROWS_FEW = 16,  /* when there are few tokens: half of a first-level cache */
     FEW_TOKENS = 16,
     TOKEN_GROUP = 16,    /* tokens that meet all rows of a tile while their span stays in cache */
     TOKEN_BLOCK = 256,   /* tokens per pass over the matrix */
+    QUANTISE_STEP = 32,  /* spans are rounded to int16 in whole vectors of every instruction set */
     DOT_ROWS = 4,        /* sums in registers: rows */
-    DOT_TOKENS = 2,      /* times tokens */
+#if defined(PLLM_ISA_AVX512)
+    DOT_TOKENS = 4, /* times tokens; of 32 registers, and each sum waits five cycles for the one before */
+#else
+    DOT_TOKENS = 2, /* times tokens */
+#endif
     VS_WIDTH = 2 * VF_WIDTH
 };
 
@@ -35,24 +38,24 @@ typedef struct {
     ptrdiff_t tail;             /* the first of the rows that end too near the payload's end */
     uint8_t *tail_rows;         /* those rows once more, with OCTET_BYTES behind them */
     ptrdiff_t span;             /* indices of a span, a multiple of 8 */
-    ptrdiff_t width;            /* values of a span, padded */
+    ptrdiff_t width;            /* values of a span as laid out for the products */
     ptrdiff_t spans;            /* of a row */
-    int16_t *x;                 /* (tokens, spans, width), zeros behind the columns */
+    int16_t *x;                 /* (tokens, spans, width), zeros where no column stands */
     float *x_scale;             /* (tokens, spans) */
     float *x_sum;               /* (tokens) */
 } view;
 
-static view view_of(const pllm_matrix *w)
+static view view_of(const pllm_matrix *w, ptrdiff_t tokens)
 {
     const pllm_codec *c = w->codec;
     const ptrdiff_t count = (w->in_features + c->d - 1) / c->d;
-    view v = {.w = w, .table = plan_rows(c, w->out_features * count)};
+    view v = {.w = w, .table = plan_rows(c, w->out_features * count, tokens)};
     v.functions = functions_for(&v.table);
     v.count = ((count - 1) >> v.table.pairing) + 1;
     v.row_stride_bytes = pllm_row_stride_bytes(count, c->index_bits);
     v.tail = w->out_features - smaller(w->out_features, OCTET_BYTES / v.row_stride_bytes + 1);
     v.span = smaller(SPAN_VALUES / v.table.d / OCTET * OCTET, round_up(v.count, OCTET));
-    v.width = round_up(v.span * v.table.d, SPAN_STEP);
+    v.width = span_width(&v.table, v.span);
     v.spans = (v.count + v.span - 1) / v.span;
     return v;
 }
@@ -63,7 +66,7 @@ static view view_of(const pllm_matrix *w)
  * Inf, and 0 when nothing in it reaches 2^-100. */
 static float quantise(const float *x, ptrdiff_t n, ptrdiff_t width, int16_t *q)
 {
-    float padded[SPAN_VALUES + SPAN_STEP] = {0};
+    float padded[SPAN_VALUES + QUANTISE_STEP] = {0};
     float lane[VF_WIDTH], largest = 0.0f, invalid = 0.0f;
     vf peak = vf_zero(), zeros = vf_zero();
     memcpy(padded, x, (size_t)n * sizeof *x);
@@ -92,10 +95,17 @@ static float quantise(const float *x, ptrdiff_t n, ptrdiff_t width, int16_t *q)
 static void quantise_token(const view *v, const float *x, ptrdiff_t token)
 {
     const ptrdiff_t values = v->span * v->table.d, columns = v->w->in_features;
+    const ptrdiff_t whole = round_up(values, QUANTISE_STEP);
     for (ptrdiff_t s = 0; s < v->spans; s++) {
-        const ptrdiff_t at = token * v->spans + s;
-        v->x_scale[at] = quantise(x + token * columns + s * values, smaller(values, columns - s * values),
-                                  v->width, v->x + at * v->width);
+        const ptrdiff_t at = token * v->spans + s, here = smaller(values, columns - s * values);
+        const float *const source = x + token * columns + s * values;
+#ifdef PLLM_ARRANGED
+        int16_t plain[SPAN_VALUES + QUANTISE_STEP];
+        v->x_scale[at] = quantise(source, here, whole, plain);
+        arrange(&v->table, v->span, plain, v->x + at * v->width);
+#else
+        v->x_scale[at] = quantise(source, here, whole, v->x + at * v->width);
+#endif
     }
 }
 
@@ -121,16 +131,22 @@ static void multiply_one(const view *v, const float *bias, float *y, int threads
     const token_spans token = {v->x, v->x_scale, v->width, v->spans, octets_of(v, 0),
                                octets_of(v, v->spans - 1)};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (ptrdiff_t r = 0; r < w->out_features; r++) {
-        const float dot = v->functions.dot(&v->table, row_source(v, r), &token);
-        y[r] = finish_product(w, r, w->codec->table_scale, dot, v->x_sum[0], bias ? bias[r] : 0.0f);
+    for (ptrdiff_t first = 0; first < w->out_features; first += DOT_TOGETHER) {
+        const uint8_t *rows[DOT_TOGETHER];
+        float dot[DOT_TOGETHER];
+        for (int i = 0; i < DOT_TOGETHER; i++)
+            rows[i] = row_source(v, smaller(first + i, w->out_features - 1));
+        v->functions.dot(&v->table, rows, &token, dot);
+        for (ptrdiff_t r = first; r < smaller(first + DOT_TOGETHER, w->out_features); r++)
+            y[r] = finish_product(w, r, w->codec->table_scale, dot[r - first], v->x_sum[0],
+                                  bias ? bias[r] : 0.0f);
     }
 }
 #endif
 
 /* ---- several tokens -------------------------------------------------------------------------- */
 
-/* sums (tokens, DOT_ROWS) = w (DOT_ROWS, width) x (tokens, width)'. tokens: 1 or 2, a constant. */
+/* sums (tokens, DOT_ROWS) = w (DOT_ROWS, width) x (tokens, width)'. tokens: 1 to DOT_TOKENS, a constant. */
 PLLM_INLINE void dot_tile(const int16_t *w, ptrdiff_t width, const int16_t *x, ptrdiff_t x_stride,
                           int tokens, int32_t *sums)
 {
@@ -153,6 +169,22 @@ PLLM_INLINE void dot_tile(const int16_t *w, ptrdiff_t width, const int16_t *x, p
         vi_sum4(sums + t * DOT_ROWS, s[t][0], s[t][1], s[t][2], s[t][3]);
 }
 
+/* dot_tile for any number of tokens up to DOT_TOKENS. */
+static void dot_tokens(const int16_t *w, ptrdiff_t width, const int16_t *x, ptrdiff_t x_stride, int tokens,
+                       int32_t *sums)
+{
+    if (tokens == 1)
+        dot_tile(w, width, x, x_stride, 1, sums);
+    else if (tokens == 2)
+        dot_tile(w, width, x, x_stride, 2, sums);
+#if defined(PLLM_ISA_AVX512)
+    else if (tokens == 3)
+        dot_tile(w, width, x, x_stride, 3, sums);
+    else
+        dot_tile(w, width, x, x_stride, 4, sums);
+#endif
+}
+
 /* dot (tokens, rows) += scale of each token's span * (w (rows, width) . its span).
  * rows: a multiple of DOT_ROWS.  dot_stride: of a token's row of dot. */
 static void multiply_span(const view *v, const int16_t *w, ptrdiff_t rows, ptrdiff_t s,
@@ -163,11 +195,8 @@ static void multiply_span(const view *v, const int16_t *w, ptrdiff_t rows, ptrdi
         for (ptrdiff_t t = 0; t < tokens; t += DOT_TOKENS) {
             const int16_t *x = v->x + ((token + t) * v->spans + s) * v->width;
             int32_t sums[DOT_TOKENS * DOT_ROWS];
-            const int here = t + 1 < tokens ? 2 : 1;
-            if (here == 2)
-                dot_tile(w + r * v->width, v->width, x, x_stride, 2, sums);
-            else
-                dot_tile(w + r * v->width, v->width, x, x_stride, 1, sums);
+            const int here = (int)smaller(tokens - t, DOT_TOKENS);
+            dot_tokens(w + r * v->width, v->width, x, x_stride, here, sums);
             for (int i = 0; i < here; i++) {
                 const float scale = v->x_scale[(token + t + i) * v->spans + s];
                 float *const target = dot + (t + i) * dot_stride + r;
@@ -205,7 +234,7 @@ static int multiply_several(const view *v, ptrdiff_t n, const float *bias, float
 {
     const ptrdiff_t out = v->w->out_features, block = smaller(n, TOKEN_BLOCK);
     const ptrdiff_t height = n < FEW_TOKENS ? TILE_ROWS_FEW : TILE_ROWS;
-    const size_t tile_bytes = (size_t)(height * v->width + SPAN_STEP) * sizeof(int16_t);
+    const size_t tile_bytes = (size_t)round_up(height * v->width + TARGET_SLACK, 32) * sizeof(int16_t);
     const size_t dot_bytes = (size_t)round_up(height * block * (ptrdiff_t)sizeof(float), 64);
     char *const memory = pllm_alloc((tile_bytes + dot_bytes) * (size_t)threads);
     if (!memory)
@@ -246,7 +275,7 @@ static size_t place(view *v, ptrdiff_t n, char *memory)
 int PLLM_SYM(infer_multiply_int16)(const pllm_matrix *w, const float *x, ptrdiff_t n,
                                    const float *bias, float *y, int threads)
 {
-    view v = view_of(w);
+    view v = view_of(w, n);
     const ptrdiff_t work = w->out_features * v.count * (1 + v.table.d * n / 32);
     const int used = (int)smaller(threads, 1 + work / WORK_PER_THREAD);
     char *const memory = pllm_alloc(place(&v, n, NULL));

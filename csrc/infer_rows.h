@@ -1,210 +1,45 @@
-/* infer_rows.h - from packed indices to int16: a codec's table is laid out once per call so that any
- * index of its bits is a row, and a span of a row of the matrix is fetched from it, eight indices at a
- * time. Included by infer_int.c only. */
+/* infer_rows.h - from packed indices to table rows: a codec's table is laid out once per call so that any
+ * index of its bits is a row, and a span of a row of the matrix is decoded from it to int16, or for one
+ * token multiplied at once. Included by infer_int.c only. */
 #ifndef PLLM_INFER_ROWS_H
 #define PLLM_INFER_ROWS_H
 
 #include "infer.h"
 
 enum {
-    OCTET = 8,          /* indices of one step: eight of b bits are exactly b bytes */
-    OCTET_BYTES = 16,   /* what reading them may touch */
-    TABLE_SLACK = 64,   /* bytes behind the table; 16 of them may be read */
-    TARGET_SLACK = 16,  /* values behind a decoded span that may be written */
-    PLANE_BYTES = 512,  /* of the tables for look-ups in registers */
-    WIDE_VALUES = 8192, /* tables up to this size are held as int16, in half a first-level cache */
-    PAIRED_VALUES = 16384, /* tables of pairs of codewords may have this size */
-    PAIR_REUSE = 8         /* and are made when each row will be used so often, on average */
+    SPAN_VALUES = 512, /* the most columns of a span, which have one scale */
+    OCTET = 8,         /* indices; eight of b bits are exactly b bytes, and a span is whole octets */
+    PAIR_REUSE = 8     /* how often each row of a table of pairs must be used, on average */
 };
 
-/* Rows of d values, 2^bits of them: int16 when `wide`, else int8. */
-typedef struct {
-    const char *rows;
-    const int8_t *planes; /* the same once more, for look-ups in registers; NULL where that is slower */
-    int d, bits, wide;
-    int pairing; /* an index of this table is 2^pairing indices of the codec, side by side */
-} row_table;
-
 /* Small tables are joined with themselves: a pair of neighbouring b-bit indices is one index of 2b bits
- * into the table of all pairs, which halves the look-ups. indices: how many the matrix has. */
-static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices)
+ * into the table of all pairs, which halves the look-ups. Whether that pays for a table of `bits` bits and
+ * rows of d values that was joined `pairing` times; indices: how many the matrix has. */
+static int may_pair(int d, int bits, int pairing, ptrdiff_t indices)
 {
-    row_table t = {.d = c->d, .bits = c->index_bits};
-    while (t.bits <= 6 && (t.d & (t.d - 1)) == 0 && (2 * t.d) << (2 * t.bits) <= PAIRED_VALUES &&
-           2 * t.d <= PLLM_MAX_SUBVECTOR && indices >> (2 * t.bits + t.pairing) >= PAIR_REUSE) {
-        t.d *= 2;
-        t.bits *= 2;
-        t.pairing++;
-    }
-    t.wide = t.d << t.bits <= WIDE_VALUES;
-    return t;
+    return (d & (d - 1)) == 0 && 2 * d <= PLLM_MAX_SUBVECTOR &&
+           indices >> (2 * bits + pairing) >= PAIR_REUSE;
 }
 
-/* Whether 32 indices at once are looked up in registers: single values of 7 or 8 bits. */
-static int has_planes(const row_table *t)
-{
-#if defined(PLLM_ISA_AVX2) || defined(PLLM_ISA_AVX512)
-    return t->d == 1 && (t->bits == 7 || t->bits == 8);
-#else
-    (void)t;
-    return 0;
-#endif
-}
-
-/* Whether the codec's own table can be read as it is: nothing behind it is touched then. */
-static int is_in_place(const row_table *t, const pllm_codec *c)
-{
-    return !t->wide && t->pairing == 0 && c->k == 1 << t->bits && (t->d == 8 || t->d == 16);
-}
-
-static size_t row_table_bytes(const row_table *t, const pllm_codec *c)
-{
-    const size_t rows = ((size_t)t->d << t->bits) * (t->wide ? 2 : 1) + TABLE_SLACK;
-    return is_in_place(t, c) ? 0 : rows + (has_planes(t) ? PLANE_BYTES : 0);
-}
-
-/* planes (rows / 16, 32): the single values in sixteens, each twice, and combined by exclusive or with the
- * sixteen before it; those from row 128 on start anew. */
-static void make_planes(const int16_t *values, int rows, int8_t *planes)
-{
-    for (int row = 0; row < rows; row++) {
-        const int before = row % 128 < 16 ? 0 : values[row - 16];
-        int8_t *const at = planes + row / 16 * 32 + row % 16;
-        at[0] = at[16] = (int8_t)(values[row] ^ before);
-    }
-}
-
-/* target (n) = the bytes at p, as int16 or as they are. */
-PLLM_INLINE void copy_values(const int8_t *p, ptrdiff_t n, int wide, char *target)
-{
-    if (wide)
-        for (ptrdiff_t i = 0; i < n; i++)
-            ((int16_t *)(void *)target)[i] = p[i];
-    else
-        memcpy(target, p, (size_t)n);
-}
-
-/* Fills t->rows, in memory (row_table_bytes) or in place. An index behind the codec's table is its last
- * row. */
-static void make_rows(row_table *t, const pllm_codec *c, void *memory)
-{
-    const int8_t *const table = c->table;
-    const int bits = c->index_bits, rows = 1 << t->bits, parts = 1 << t->pairing;
-    const ptrdiff_t size = t->wide ? 2 : 1;
-    char *target = memory;
-    int row = 0;
-    t->rows = is_in_place(t, c) ? c->table : memory;
-    if (t->rows == c->table)
-        return;
-    if (t->pairing == 0) {
-        row = c->k < rows ? c->k : rows;
-        copy_values(table, (ptrdiff_t)row * c->d, t->wide, target);
-        target += (ptrdiff_t)row * c->d * size;
-    }
-    for (; row < rows; row++)
-        for (int p = 0; p < parts; p++, target += c->d * size) {
-            const int index = row >> p * bits & ((1 << bits) - 1);
-            copy_values(table + (ptrdiff_t)(index < c->k ? index : c->k - 1) * c->d, c->d, t->wide, target);
-        }
-    memset(target, 0, TABLE_SLACK);
-    if (has_planes(t)) { /* such tables are wide */
-        make_planes(memory, rows, (int8_t *)target + TABLE_SLACK);
-        t->planes = (int8_t *)target + TABLE_SLACK;
-    }
-}
-
-/* index[0..3] = half `half` of the eight indices at source. */
-PLLM_INLINE void four_indices(const uint8_t *source, int bits, int half, uint32_t *index)
-{
-    const int bit = 4 * bits * half;
-    const uint64_t word = pllm_load_word(source + bit / 8) >> bit % 8;
-    for (int j = 0; j < 4; j++)
-        index[j] = (uint32_t)(word >> j * bits) & ((1u << bits) - 1);
-}
-
-/* ---- any d: row by row ----------------------------------------------------------------------- */
-
-/* Values copied at a time, d or a few more: the next row overwrites them, or the padding of the span. */
-PLLM_INLINE int copied(int d) { return d <= 2 ? d : d <= 4 ? 4 : d <= 8 ? 8 : 16; }
-
-/* target (n) = the n values at p; n is 1, 2, 4, 8 or 16, a constant. */
-PLLM_INLINE void widen(const int8_t *p, int n, int16_t *target)
-{
-#if defined(PLLM_ISA_AVX2) || defined(PLLM_ISA_AVX512)
-    if (n == 16) {
-        const __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)p);
-        _mm256_storeu_si256((__m256i *)(void *)target, _mm256_cvtepi8_epi16(bytes));
-        return;
-    }
-    if (n == 8) {
-        const __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)p);
-        _mm_storeu_si128((__m128i *)(void *)target, _mm_cvtepi8_epi16(bytes));
-        return;
-    }
-#elif defined(PLLM_ISA_NEON)
-    if (n >= 8) {
-        for (int i = 0; i < n; i += 8)
-            vst1q_s16(target + i, vmovl_s8(vld1_s8(p + i)));
-        return;
-    }
-#endif
-    for (int i = 0; i < n; i++)
-        target[i] = p[i];
-}
-
-PLLM_INLINE void decode_plain(const row_table *t, const uint8_t *source, ptrdiff_t octets, int d,
-                              int wide, int16_t *target)
-{
-    const int8_t *const narrow_rows = (const int8_t *)t->rows;
-    const int bits = t->bits;
-    for (ptrdiff_t i = 0; i < octets; i++, source += bits) {
-        uint32_t index[OCTET];
-        four_indices(source, bits, 0, index);
-        four_indices(source, bits, 1, index + 4);
-        for (int j = 0; j < OCTET; j++, target += d) {
-            if (wide)
-                memcpy(target, t->rows + (size_t)index[j] * 2 * (size_t)d, 2 * (size_t)copied(d));
-            else
-                widen(narrow_rows + (size_t)index[j] * (size_t)d, copied(d), target);
-        }
-    }
-}
-
-/* target (8 octets, d) = the rows of the indices at source, followed by up to TARGET_SLACK values without
- * meaning. Reads up to OCTET_BYTES from the start of each octet. */
-typedef void decode_fn(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target);
-
-#define ROW_SIZES(X) \
-    X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16)
-#define PLAIN_FUNCTIONS(D)                                                                        \
-    static void plain_wide_##D(const row_table *t, const uint8_t *source, ptrdiff_t octets,       \
-                               int16_t *target)                                                   \
-    {                                                                                             \
-        decode_plain(t, source, octets, D, 1, target);                                            \
-    }                                                                                             \
-    static void plain_narrow_##D(const row_table *t, const uint8_t *source, ptrdiff_t octets,     \
-                                 int16_t *target)                                                 \
-    {                                                                                             \
-        decode_plain(t, source, octets, D, 0, target);                                            \
-    }
-ROW_SIZES(PLAIN_FUNCTIONS)
-#define PLAIN_ENTRY(D) {plain_narrow_##D, plain_wide_##D},
-static decode_fn *const plain_functions[PLLM_MAX_SUBVECTOR][2] = {ROW_SIZES(PLAIN_ENTRY)};
-#undef PLAIN_FUNCTIONS
-#undef PLAIN_ENTRY
-
-#if defined(PLLM_ISA_AVX2) || defined(PLLM_ISA_AVX512)
-#include "infer_rows_x86.h"
-#else
-/* No special form for any table: what is decoded goes through memory. */
+/* A token's spans: see view in infer_int.c. */
 typedef struct {
-    decode_fn *decode;
-} row_functions;
+    const int16_t *x;
+    const float *scale;
+    ptrdiff_t width, spans, octets, last_octets; /* octets of a span, and of the last one */
+} token_spans;
 
-static row_functions functions_for(const row_table *t)
-{
-    return (row_functions){plain_functions[t->d - 1][t->wide]};
-}
+/* What each of the two includes has: row_table, and for it
+ *   plan_rows(codec, indices, tokens)     which form a table takes; d, bits and pairing are set
+ *   row_table_bytes, make_rows            the table itself, laid out
+ *   span_width(table, span)               values of a span as laid out for the products
+ *   functions_for(table)                  decode, and where PLLM_DOT_FETCHED is defined, dot (or NULL): the
+ *                                         products of DOT_TOGETHER rows with one token
+ *   OCTET_BYTES                           what reading an octet may touch from its first byte on
+ *   TARGET_SLACK                          values behind a decoded span that may be written */
+#if defined(PLLM_ISA_AVX512)
+#include "infer_rows_avx512.h"
+#else
+#include "infer_rows_any.h"
 #endif
 
 #endif

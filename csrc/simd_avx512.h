@@ -1,4 +1,5 @@
-/* simd_avx512.h - the vector layer on AVX-512 F, BW, DQ, VL. See simd.h for what each function does.
+/* simd_avx512.h - the vector layer on AVX-512 F, BW, DQ, VL, VBMI, VNNI. See simd.h for what each function
+ * does.
  * With PLLM_SIMDE the instructions are emulated by the SIMDe headers, to test where they are missing. */
 #ifndef PLLM_SIMD_AVX512_H
 #define PLLM_SIMD_AVX512_H
@@ -69,11 +70,26 @@ static inline vi vi_select(vm m, vi a, vi b) { return _mm512_mask_blend_epi32(m,
 
 typedef __m512i vs;
 static inline vs vs_load(const int16_t *p) { return _mm512_loadu_si512(p); }
-#ifdef PLLM_SIMDE /* whose name for it without simde_ takes other arguments */
-static inline vi vi_dot(vi c, vs a, vs b) { return _mm512_add_epi32(c, simde_mm512_madd_epi16(a, b)); }
+
+/* c plus sums of products in each lane. As an intrinsic, gcc copies c to another register and back. */
+#if defined(__clang__) || defined(PLLM_SIMDE)
+#define VI_ADD_PRODUCTS(name) c = _mm512_##name##_epi32(c, a, b)
 #else
-static inline vi vi_dot(vi c, vs a, vs b) { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
+#define VI_ADD_PRODUCTS(name) __asm__("vp" #name " %2, %1, %0" : "+v"(c) : "v"(a), "v"(b))
 #endif
+static inline vi vi_dot(vi c, vs a, vs b)
+{
+    VI_ADD_PRODUCTS(dpwssd);
+    return c;
+}
+/* Of four bytes: those of a without a sign, those of b with one. */
+static inline vi vi_dot_bytes(vi c, __m512i a, __m512i b)
+{
+    VI_ADD_PRODUCTS(dpbusd);
+    return c;
+}
+#undef VI_ADD_PRODUCTS
+
 static inline __m256i vi_fold(vi a)
 {
     return _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));

@@ -185,6 +185,23 @@ static void check_tokens_apart(const pllm_kernels *k)
     free_fixture(&f);
 }
 
+/* The largest products there are: all activations at one magnitude, table values -128 and 127, each sign
+ * alone or both mixed. */
+static void check_extremes(const pllm_kernels *k, int d, int bits, int tokens)
+{
+    for (int signs = 0; signs < 5; signs++) {
+        fixture f;
+        fill_fixture(&f, k, (infer_case){3, 1031, d, 1 << bits, bits, 1, DENSE, tokens}, 0);
+        for (int i = 0; i < d << bits; i++)
+            f.table_i8[i] = (signs == 4 ? random_bits() & 1 : (unsigned)signs & 1) ? 127 : -128;
+        for (int i = 0; i < tokens * 1031; i++)
+            f.x[i] = (signs == 4 ? random_bits() & 1 : (unsigned)signs & 2) ? 3.0f : -3.0f;
+        fill_dense(&f, k);
+        check_matmul(k, &f, PLLM_ACTIVATIONS_INT16);
+        free_fixture(&f);
+    }
+}
+
 static void check_case(const pllm_kernels *k, infer_case c)
 {
     for (int with_shift = 0; with_shift < 2; with_shift++) {
@@ -195,6 +212,39 @@ static void check_case(const pllm_kernels *k, infer_case c)
         check_matmul(k, &f, PLLM_ACTIVATIONS_INT16);
         free_fixture(&f);
     }
+}
+
+/* A product in int16 whose rows are several spans and end within a vector. */
+static void check_spans(const pllm_kernels *k, int d, int bits, int tokens)
+{
+    const int all = 1 << bits, codewords = all < 700 ? all - (bits > 1 && d % 2) : 700;
+    fixture f;
+    fill_fixture(&f, k, (infer_case){5, 1031, d, codewords, bits, 1, DENSE, tokens}, bits % 2);
+    check_matmul(k, &f, PLLM_ACTIVATIONS_INT16);
+    free_fixture(&f);
+}
+
+/* Tables that are looked up in registers, and tables that are fetched from: one row size of each form. */
+static void check_forms(const pllm_kernels *k)
+{
+    static const int in_registers[] = {1, 2, 3, 4, 8};
+    static const int fetched[][2] = {{1, 9},  {2, 9},  {3, 9},  {4, 10}, {5, 8}, {5, 11}, {6, 3},
+                                     {4, 12}, {8, 12}, {7, 13}, {9, 6},  {4, 16}, {16, 9}, {13, 10}};
+    for (int bits = 1; bits <= 8; bits++)
+        for (int i = 0; i < 5; i++) {
+            check_spans(k, in_registers[i], bits, 1);
+            if ((i + bits) % 3 == 0)
+                check_spans(k, in_registers[i], bits, 2 + bits);
+        }
+    for (int i = 0; i < 14; i++) {
+        check_spans(k, fetched[i][0], fetched[i][1], 1);
+        check_spans(k, fetched[i][0], fetched[i][1], 2 + i % 4);
+    }
+    for (int bits = 6; bits <= 9; bits++)
+        check_extremes(k, 4, bits, 1);
+    check_extremes(k, 8, 8, 6);
+    check_extremes(k, 3, 5, 1);
+    check_extremes(k, 16, 10, 3);
 }
 
 /* Any bytes are a payload: indices behind the table are read as its last row. */
@@ -279,6 +329,7 @@ void test_infer(const pllm_kernels *k)
             if (bits <= 6) /* enough reuse for tables of pairs */
                 check_case(k, (infer_case){90, 700, d, (1 << bits) - bits % 2, bits, 1, DENSE, bits % 4});
         }
+    check_forms(k);
     check_tokens_apart(k);
     check_damaged(k);
     check_bfloat16(k);

@@ -1,9 +1,9 @@
-/* infer_rows_x86.h - fetching table rows on AVX2 and AVX-512, for rows of 2, 4, 8 and 16 values: d and
+/* infer_rows_avx2.h - fetching table rows on AVX2, for rows of 2, 4, 8 and 16 values: d and
  * the bits of an index are compile-time constants, sixteen values at a time stay in registers. The cost is the
  * number of instructions per index: about 1.5 to cut it out, 1 to 2 to fetch its row, 1 to multiply.
- * Included by infer_rows.h only. */
-#ifndef PLLM_INFER_ROWS_X86_H
-#define PLLM_INFER_ROWS_X86_H
+ * Included by infer_rows_any.h only. */
+#ifndef PLLM_INFER_ROWS_AVX2_H
+#define PLLM_INFER_ROWS_AVX2_H
 
 /* four_indices for constant bits: fewer instructions where indices are whole bytes. */
 PLLM_INLINE void cut_four(const uint8_t *source, int bits, int half, uint32_t *index)
@@ -114,13 +114,6 @@ PLLM_INLINE int32_t sum_of_lanes(__m256i a)
     sum = _mm_hadd_epi32(sum, sum);
     return _mm_cvtsi128_si32(_mm_hadd_epi32(sum, sum));
 }
-
-/* A token's spans: see view in infer_int.c. */
-typedef struct {
-    const int16_t *x;
-    const float *scale;
-    ptrdiff_t width, spans, octets, last_octets; /* octets of a span, and of the last one */
-} token_spans;
 
 /* The dot product of a row of the matrix with a token; d / 2 vectors an octet, in two sums. */
 PLLM_INLINE float dot_fetched(const row_table *table, const uint8_t *source, const token_spans *token,
@@ -233,7 +226,10 @@ PLLM_INLINE float dot_single(const row_table *t, const uint8_t *source, const to
     return sum;
 }
 
-typedef float dot_fn(const row_table *t, const uint8_t *source, const token_spans *token);
+enum { DOT_TOGETHER = 1 };
+
+/* dot[0] = the product of the row of the matrix at rows[0] with the token. */
+typedef void dot_fn(const row_table *t, const uint8_t *const *rows, const token_spans *token, float *dot);
 
 #define EACH_BITS(X, D) \
     X(D, 1) X(D, 2) X(D, 3) X(D, 4) X(D, 5) X(D, 6) X(D, 7) X(D, 8) \
@@ -244,9 +240,10 @@ typedef float dot_fn(const row_table *t, const uint8_t *source, const token_span
     { \
         decode_fetched(t, source, octets, D, B, target); \
     } \
-    static float dot_##D##_##B(const row_table *t, const uint8_t *source, const token_spans *token) \
+    static void dot_##D##_##B(const row_table *t, const uint8_t *const *rows, const token_spans *token, \
+                              float *dot) \
     { \
-        return dot_fetched(t, source, token, D, B); \
+        dot[0] = dot_fetched(t, rows[0], token, D, B); \
     }
 EACH_BITS(FETCH_FUNCTIONS, 2)
 EACH_BITS(FETCH_FUNCTIONS, 4)
@@ -258,9 +255,10 @@ EACH_BITS(FETCH_FUNCTIONS, 16)
     { \
         decode_single(t, source, octets, B, target); \
     } \
-    static float dot_1_##B(const row_table *t, const uint8_t *source, const token_spans *token) \
+    static void dot_1_##B(const row_table *t, const uint8_t *const *rows, const token_spans *token, \
+                          float *dot) \
     { \
-        return dot_single(t, source, token, B); \
+        dot[0] = dot_single(t, rows[0], token, B); \
     }
 SINGLE_FUNCTIONS(7)
 SINGLE_FUNCTIONS(8)
