@@ -367,6 +367,10 @@ PLLM_INLINE void route(const pllm_tree *tree, const float *z, int n, int levels,
                 }
             }
             vi_store(fits + v, vi_keep(fit, vi_set1(1)));
+            if (vm_any(vm_not(fit))) { /* infinity would go where there is no leaf */
+                for (int j = 0; j < d; j++)
+                    vf_store(x[j] + v, vf_select(fit, vf_load(x[j] + v), vf_zero()));
+            }
         }
         for (int i = 0; i < ROUTE; i += DESCENTS)
             descend_cuts(tree->cut, depth, x[0] + i, node + i);
