@@ -99,13 +99,9 @@ static void quantise_token(const view *v, const float *x, ptrdiff_t token)
     for (ptrdiff_t s = 0; s < v->spans; s++) {
         const ptrdiff_t at = token * v->spans + s, here = smaller(values, columns - s * values);
         const float *const source = x + token * columns + s * values;
-#ifdef PLLM_ARRANGED
         int16_t plain[SPAN_VALUES + QUANTISE_STEP];
         v->x_scale[at] = quantise(source, here, whole, plain);
         arrange(&v->table, v->span, plain, v->x + at * v->width);
-#else
-        v->x_scale[at] = quantise(source, here, whole, v->x + at * v->width);
-#endif
     }
 }
 

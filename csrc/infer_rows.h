@@ -32,6 +32,7 @@ typedef struct {
  *   plan_rows(codec, indices, tokens)     which form a table takes; d, bits and pairing are set
  *   row_table_bytes, make_rows            the table itself, laid out
  *   span_width(table, span)               values of a span as laid out for the products
+ *   arrange(table, span, x, target)       lays it out
  *   functions_for(table)                  decode, and where PLLM_DOT_FETCHED is defined, dot (or NULL): the
  *                                         products of DOT_TOGETHER rows with one token
  *   OCTET_BYTES                           what reading an octet may touch from its first byte on

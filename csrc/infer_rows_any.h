@@ -19,25 +19,50 @@ typedef struct {
     const char *rows;
     const int8_t *planes; /* the same once more, for look-ups in registers; NULL where that is slower */
     int d, bits, wide;
+    int stride;  /* values from row to row; zeros behind the d */
     int pairing; /* an index of this table is 2^pairing indices of the codec, side by side */
 } row_table;
+
+/* d or the next power of two. */
+PLLM_INLINE int row_size(int d) { return d <= 2 ? d : d <= 4 ? 4 : d <= 8 ? 8 : 16; }
 
 static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tokens)
 {
     row_table t = {.d = c->d, .bits = c->index_bits};
-    (void)tokens;
     while (may_pair(t.d, t.bits, t.pairing, indices) && 2 * t.bits <= PAIRED_BITS &&
            (2 * t.d) << (2 * t.bits) <= PAIRED_VALUES) {
         t.d *= 2;
         t.bits *= 2;
         t.pairing++;
     }
-    t.wide = t.d << t.bits <= WIDE_VALUES;
+    t.stride = t.d;
+#if defined(PLLM_ISA_AVX2)
+    if (tokens == 1) /* rows are fetched and multiplied in whole vectors */
+        t.stride = row_size(t.d);
+#else
+    (void)tokens;
+#endif
+    t.wide = t.stride << t.bits <= WIDE_VALUES;
     return t;
 }
 
 /* Values of a span as it is laid out for the products. */
-static ptrdiff_t span_width(const row_table *t, ptrdiff_t span) { return round_up(span * t->d, SPAN_STEP); }
+static ptrdiff_t span_width(const row_table *t, ptrdiff_t span)
+{
+    return round_up(span * t->stride, SPAN_STEP);
+}
+
+/* target (span_width) = x (span, d), as far apart as the table's rows. */
+static void arrange(const row_table *t, ptrdiff_t span, const int16_t *x, int16_t *target)
+{
+    const ptrdiff_t d = t->d;
+    memset(target, 0, (size_t)span_width(t, span) * sizeof *target);
+    if (t->stride == t->d)
+        memcpy(target, x, (size_t)(span * d) * sizeof *x);
+    else
+        for (ptrdiff_t i = 0; i < span; i++)
+            memcpy(target + i * t->stride, x + i * d, (size_t)d * sizeof *x);
+}
 
 /* Whether 32 indices at once are looked up in registers: single values of 7 or 8 bits. */
 static int has_planes(const row_table *t)
@@ -53,12 +78,13 @@ static int has_planes(const row_table *t)
 /* Whether the codec's own table can be read as it is: nothing behind it is touched then. */
 static int is_in_place(const row_table *t, const pllm_codec *c)
 {
-    return !t->wide && t->pairing == 0 && c->k == 1 << t->bits && (t->d == 8 || t->d == 16);
+    return !t->wide && t->pairing == 0 && t->stride == t->d && c->k == 1 << t->bits &&
+           (t->d == 8 || t->d == 16);
 }
 
 static size_t row_table_bytes(const row_table *t, const pllm_codec *c)
 {
-    const size_t rows = ((size_t)t->d << t->bits) * (t->wide ? 2 : 1) + TABLE_SLACK;
+    const size_t rows = ((size_t)t->stride << t->bits) * (t->wide ? 2 : 1) + TABLE_SLACK;
     return is_in_place(t, c) ? 0 : rows + (has_planes(t) ? PLANE_BYTES : 0);
 }
 
@@ -89,22 +115,25 @@ static void make_rows(row_table *t, const pllm_codec *c, void *memory)
 {
     const int8_t *const table = c->table;
     const int bits = c->index_bits, rows = 1 << t->bits, parts = 1 << t->pairing;
-    const ptrdiff_t size = t->wide ? 2 : 1;
+    const ptrdiff_t size = t->wide ? 2 : 1, gap = (t->stride - t->d) * size;
     char *target = memory;
     int row = 0;
     t->rows = is_in_place(t, c) ? c->table : memory;
     if (t->rows == c->table)
         return;
-    if (t->pairing == 0) {
+    if (t->pairing == 0 && gap == 0) {
         row = c->k < rows ? c->k : rows;
         copy_values(table, (ptrdiff_t)row * c->d, t->wide, target);
         target += (ptrdiff_t)row * c->d * size;
     }
-    for (; row < rows; row++)
+    for (; row < rows; row++) {
         for (int p = 0; p < parts; p++, target += c->d * size) {
             const int index = row >> p * bits & ((1 << bits) - 1);
             copy_values(table + (ptrdiff_t)(index < c->k ? index : c->k - 1) * c->d, c->d, t->wide, target);
         }
+        memset(target, 0, (size_t)gap);
+        target += gap;
+    }
     memset(target, 0, TABLE_SLACK);
     if (has_planes(t)) { /* such tables are wide */
         make_planes(memory, rows, (int8_t *)target + TABLE_SLACK);
@@ -122,9 +151,6 @@ PLLM_INLINE void four_indices(const uint8_t *source, int bits, int half, uint32_
 }
 
 /* ---- any d: row by row ----------------------------------------------------------------------- */
-
-/* Values copied at a time, d or a few more: the next row overwrites them, or the padding of the span. */
-PLLM_INLINE int copied(int d) { return d <= 2 ? d : d <= 4 ? 4 : d <= 8 ? 8 : 16; }
 
 /* target (n) = the n values at p; n is 1, 2, 4, 8 or 16, a constant. */
 PLLM_INLINE void widen(const int8_t *p, int n, int16_t *target)
@@ -151,6 +177,8 @@ PLLM_INLINE void widen(const int8_t *p, int n, int16_t *target)
         target[i] = p[i];
 }
 
+/* Rows without gaps. A few values more than d are copied: the next row overwrites them, or they lie in the
+ * padding of the span. */
 PLLM_INLINE void decode_plain(const row_table *t, const uint8_t *source, ptrdiff_t octets, int d,
                               int wide, int16_t *target)
 {
@@ -162,9 +190,9 @@ PLLM_INLINE void decode_plain(const row_table *t, const uint8_t *source, ptrdiff
         four_indices(source, bits, 1, index + 4);
         for (int j = 0; j < OCTET; j++, target += d) {
             if (wide)
-                memcpy(target, t->rows + (size_t)index[j] * 2 * (size_t)d, 2 * (size_t)copied(d));
+                memcpy(target, t->rows + (size_t)index[j] * 2 * (size_t)d, 2 * (size_t)row_size(d));
             else
-                widen(narrow_rows + (size_t)index[j] * (size_t)d, copied(d), target);
+                widen(narrow_rows + (size_t)index[j] * (size_t)d, row_size(d), target);
         }
     }
 }

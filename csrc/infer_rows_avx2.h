@@ -1,6 +1,7 @@
 /* infer_rows_avx2.h - fetching table rows on AVX2, for rows of 2, 4, 8 and 16 values: d and
  * the bits of an index are compile-time constants, sixteen values at a time stay in registers. The cost is the
  * number of instructions per index: about 1.5 to cut it out, 1 to 2 to fetch its row, 1 to multiply.
+ * For one token other rows are filled up with zeros to these sizes.
  * Included by infer_rows_any.h only. */
 #ifndef PLLM_INFER_ROWS_AVX2_H
 #define PLLM_INFER_ROWS_AVX2_H
@@ -284,7 +285,7 @@ static row_functions functions_for(const row_table *t)
     if (has_planes(t))
         return t->bits == 7 ? (row_functions){decode_1_7, dot_1_7} : (row_functions){decode_1_8, dot_1_8};
     for (int kind = 0; kind < 4; kind++)
-        if (t->d == 2 << kind)
+        if (t->stride == 2 << kind)
             return fetch_functions[kind][t->bits - 1];
     return (row_functions){plain_functions[t->d - 1][t->wide], NULL};
 }

@@ -171,7 +171,6 @@ static void arrange(const row_table *t, ptrdiff_t span, const int16_t *x, int16_
     if (t->split)
         split_values(target, width - HALF_CHUNK);
 }
-#define PLLM_ARRANGED
 
 /* ---- products with one token ----------------------------------------------------------------- */
 

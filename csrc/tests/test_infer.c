@@ -307,6 +307,7 @@ static void check_bfloat16(const pllm_kernels *k)
 void test_infer(const pllm_kernels *k)
 {
     static const int tokens[] = {0, 1, 2, 3, 4, 5, 17, 33};
+    static const int filled_up[] = {3, 5, 6, 7, 9, 11, 12, 14, 15}; /* d of rows that may get zeros behind */
     for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++) {
         check_case(k, (infer_case){13, 70, 4, 200, 8, 1, DENSE, tokens[i]});
         check_case(k, (infer_case){50, 33, 8, 100, 7, 0, DENSE, tokens[i]});
@@ -329,6 +330,9 @@ void test_infer(const pllm_kernels *k)
             if (bits <= 6) /* enough reuse for tables of pairs */
                 check_case(k, (infer_case){90, 700, d, (1 << bits) - bits % 2, bits, 1, DENSE, bits % 4});
         }
+    for (int bits = 1; bits <= PLLM_MAX_BITS; bits++)
+        for (int i = bits; i < bits + 9; i += 4)
+            check_case(k, (infer_case){6, 700, filled_up[i % 9], (1 << bits) - bits % 2, bits, 1, DENSE, 1});
     check_forms(k);
     check_tokens_apart(k);
     check_damaged(k);
