@@ -216,7 +216,7 @@ def plot(rows: list[dict[str, Any]], odd: list[dict[str, Any]], folder: Path) ->
             line.sort(key=lambda r: r[key])
             name = f"d = {shape[0]}, K = {shape[1]}"
             axis.plot([r[key] for r in line], [r["ps a weight"] for r in line], "o-", label=name)
-        axis.set(xscale="log", xlabel=key, ylabel="ps a weight, one token", ylim=(0, None))
+        axis.set(xlabel=key, ylabel="ps a weight, one token", ylim=(0, None))
     for axis in axes:
         axis.legend()
     figure.savefig(folder / "inference.png", dpi=120)

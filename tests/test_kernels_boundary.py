@@ -86,6 +86,7 @@ def test_shapes_with_many_dimensions_are_printed_whole_enough():
         kernels.nearest(floats(*[1] * 32), floats(5, 8))
 
 
+CODEC = kernels.CodecView(4, 16, 4, np.ones((16, 4), np.int8), 1.0)
 CALLS = {
     "nearest": (
         kernels.nearest, (floats(70, 4), floats(9, 4)),
@@ -98,6 +99,12 @@ CALLS = {
     "pack, refused": (kernels.pack, (np.full((5, 33), 99, np.int32), 5), {}),
     "unpack": (kernels.unpack, (np.ones((5, 33), np.uint8), 33, 8), {}),
     "unpack, refused": (kernels.unpack, (np.ones((5, 32), np.uint8), 33, 8), {}),
+    "hold_matrix": (
+        kernels.hold_matrix, (np.ones(20, np.uint8), 32, CODEC, floats(5)), {"shift": floats(5)},
+    ),
+    "hold_matrix, refused": (
+        kernels.hold_matrix, (np.ones(20, np.uint8), 32, CODEC, floats(4)), {},
+    ),
     "index_max": (kernels.index_max, (np.ones((5, 66), np.uint8)[:, ::2], 33, 8), {}),
 }  # fmt: skip
 
@@ -118,6 +125,7 @@ def test_references_are_given_back(name):
     for result in call():
         if isinstance(result, np.ndarray):
             assert sys.getrefcount(result) <= 4  # result, the list, the loop, the argument
+    result = None  # a held matrix keeps what it was made of
     for _ in range(20):
         call()
     assert [sys.getrefcount(value) for value in held] == before
