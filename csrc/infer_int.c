@@ -120,7 +120,6 @@ static ptrdiff_t octets_of(const view *v, ptrdiff_t s)
 
 /* ---- one token ------------------------------------------------------------------------------- */
 
-#ifdef PLLM_DOT_FETCHED
 static void multiply_one(const view *v, const float *bias, float *y, int threads)
 {
     const pllm_matrix *w = v->w;
@@ -138,7 +137,6 @@ static void multiply_one(const view *v, const float *bias, float *y, int threads
                                   bias ? bias[r] : 0.0f);
     }
 }
-#endif
 
 /* ---- several tokens -------------------------------------------------------------------------- */
 
@@ -283,11 +281,9 @@ int PLLM_SYM(infer_multiply_int16)(const pllm_matrix *w, const float *x, ptrdiff
 #pragma omp parallel for num_threads(used) schedule(static) if (used > 1 && n > 1)
     for (ptrdiff_t t = 0; t < n; t++)
         quantise_token(&v, x, t);
-#ifdef PLLM_DOT_FETCHED
     if (n == 1 && v.functions.dot)
         multiply_one(&v, bias, y, used);
     else
-#endif
         status = multiply_several(&v, n, bias, y, used);
     free(memory);
     return status;

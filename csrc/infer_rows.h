@@ -28,13 +28,28 @@ typedef struct {
     ptrdiff_t width, spans, octets, last_octets; /* octets of a span, and of the last one */
 } token_spans;
 
-/* What each of the two includes has: row_table, and for it
+typedef struct row_table row_table;
+
+/* target = the rows of the indices at source, in the order in which `arrange` lays activations out, followed
+ * by up to TARGET_SLACK values without meaning. Reads up to OCTET_BYTES from the start of each octet. */
+typedef void decode_fn(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target);
+
+/* dot (DOT_TOGETHER) = the products of as many rows of the matrix with the token. */
+typedef void dot_fn(const row_table *t, const uint8_t *const *rows, const token_spans *token, float *dot);
+
+/* How a table is read: into memory, and for one token straight into the products. */
+typedef struct {
+    decode_fn *decode;
+    dot_fn *dot; /* NULL where decoding is quicker */
+} row_functions;
+
+/* What each of the two includes has: struct row_table, and for it
  *   plan_rows(codec, indices, tokens)     which form a table takes; d, bits and pairing are set
  *   row_table_bytes, make_rows            the table itself, laid out
  *   span_width(table, span)               values of a span as laid out for the products
  *   arrange(table, span, x, target)       lays it out
- *   functions_for(table)                  decode, and where PLLM_DOT_FETCHED is defined, dot (or NULL): the
- *                                         products of DOT_TOGETHER rows with one token
+ *   functions_for(table)                  how it is read
+ *   DOT_TOGETHER                          rows of the matrix that dot takes
  *   OCTET_BYTES                           what reading an octet may touch from its first byte on
  *   TARGET_SLACK                          values behind a decoded span that may be written */
 #if defined(PLLM_ISA_AVX512)

@@ -11,17 +11,18 @@ enum {
     PLANE_BYTES = 512,  /* of the tables for look-ups in registers */
     WIDE_VALUES = 8192, /* tables up to this size are held as int16, in half a first-level cache */
     PAIRED_BITS = 12,      /* tables of pairs of codewords may have indices of so many bits */
-    PAIRED_VALUES = 16384  /* and so many values */
+    PAIRED_VALUES = 16384, /* and so many values */
+    DOT_TOGETHER = 1
 };
 
 /* Rows of d values, 2^bits of them: int16 when `wide`, else int8. */
-typedef struct {
+struct row_table {
     const char *rows;
     const int8_t *planes; /* the same once more, for look-ups in registers; NULL where that is slower */
     int d, bits, wide;
     int stride;  /* values from row to row; zeros behind the d */
     int pairing; /* an index of this table is 2^pairing indices of the codec, side by side */
-} row_table;
+};
 
 /* d or the next power of two. */
 PLLM_INLINE int row_size(int d) { return d <= 2 ? d : d <= 4 ? 4 : d <= 8 ? 8 : 16; }
@@ -197,10 +198,6 @@ PLLM_INLINE void decode_plain(const row_table *t, const uint8_t *source, ptrdiff
     }
 }
 
-/* target (8 octets, d) = the rows of the indices at source, followed by up to TARGET_SLACK values without
- * meaning. Reads up to OCTET_BYTES from the start of each octet. */
-typedef void decode_fn(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target);
-
 #define ROW_SIZES(X) \
     X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16)
 #define PLAIN_FUNCTIONS(D)                                                                        \
@@ -224,13 +221,9 @@ static decode_fn *const plain_functions[PLLM_MAX_SUBVECTOR][2] = {ROW_SIZES(PLAI
 #include "infer_rows_avx2.h"
 #else
 /* No special form for any table: what is decoded goes through memory. */
-typedef struct {
-    decode_fn *decode;
-} row_functions;
-
 static row_functions functions_for(const row_table *t)
 {
-    return (row_functions){plain_functions[t->d - 1][t->wide]};
+    return (row_functions){plain_functions[t->d - 1][t->wide], NULL};
 }
 #endif
 

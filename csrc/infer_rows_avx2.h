@@ -227,11 +227,6 @@ PLLM_INLINE float dot_single(const row_table *t, const uint8_t *source, const to
     return sum;
 }
 
-enum { DOT_TOGETHER = 1 };
-
-/* dot[0] = the product of the row of the matrix at rows[0] with the token. */
-typedef void dot_fn(const row_table *t, const uint8_t *const *rows, const token_spans *token, float *dot);
-
 #define EACH_BITS(X, D) \
     X(D, 1) X(D, 2) X(D, 3) X(D, 4) X(D, 5) X(D, 6) X(D, 7) X(D, 8) \
     X(D, 9) X(D, 10) X(D, 11) X(D, 12) X(D, 13) X(D, 14) X(D, 15) X(D, 16)
@@ -264,12 +259,6 @@ EACH_BITS(FETCH_FUNCTIONS, 16)
 SINGLE_FUNCTIONS(7)
 SINGLE_FUNCTIONS(8)
 
-/* How a table is read: into memory, and for one token straight into the products (dot may be NULL). */
-typedef struct {
-    decode_fn *decode;
-    dot_fn *dot;
-} row_functions;
-
 #define FETCH_ENTRY(D, B) {decode_##D##_##B, dot_##D##_##B},
 static const row_functions fetch_functions[4][PLLM_MAX_BITS] = {{EACH_BITS(FETCH_ENTRY, 2)},
                                                                 {EACH_BITS(FETCH_ENTRY, 4)},
@@ -289,6 +278,5 @@ static row_functions functions_for(const row_table *t)
             return fetch_functions[kind][t->bits - 1];
     return (row_functions){plain_functions[t->d - 1][t->wide], NULL};
 }
-#define PLLM_DOT_FETCHED
 
 #endif

@@ -23,7 +23,7 @@ enum {
 };
 
 /* Rows of d values, 2^bits of them. */
-typedef struct {
+struct row_table {
     const int8_t *rows;
     int d, bits;
     int pairing; /* an index of this table is 2^pairing indices of the codec, side by side */
@@ -32,7 +32,7 @@ typedef struct {
     /* For cutting out indices: the bytes that each eight of a vector take, and their bits (see plan_cut).
      * For packing: where the values of fetched rows stand. */
     uint8_t take[CHUNK], shift[CHUNK], pack[CHUNK];
-} row_table;
+};
 
 static int has_planes(const row_table *t) { return t->stride == 0; }
 
@@ -467,18 +467,6 @@ PLLM_INLINE void decode_fetched(const row_table *t, const uint8_t *source, ptrdi
 
 /* ---- which for which table ------------------------------------------------------------------- */
 
-/* target = the rows of the indices at source, in the order of the activations, followed by up to
- * TARGET_SLACK values without meaning. Reads up to OCTET_BYTES from the start of each octet. */
-typedef void decode_fn(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target);
-
-/* dot (DOT_TOGETHER) = the products of as many rows of the matrix with the token. */
-typedef void dot_fn(const row_table *t, const uint8_t *const *rows, const token_spans *token, float *dot);
-
-typedef struct {
-    decode_fn *decode;
-    dot_fn *dot;
-} row_functions;
-
 #define EACH_VECTORS(X, D) X(D, 1) X(D, 2) X(D, 4)
 #define PLANE_DOT(D, VECTORS) \
     static void dot_planes_##D##_##VECTORS(const row_table *t, const uint8_t *const *rows, \
@@ -536,6 +524,5 @@ static row_functions functions_for(const row_table *t)
            : t->stride == 8 ? (row_functions){decode_fetched_8, dot_fetched_8}
                             : (row_functions){decode_fetched_16, dot_fetched_16};
 }
-#define PLLM_DOT_FETCHED
 
 #endif

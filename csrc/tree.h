@@ -35,8 +35,8 @@
  * 3 u |v| + (d + 4) u |X|^2, the loss of tiny beside a large |X|^2 included. With what (1) and the bound
  * ask for, 2 (d + 4) u + (d + 10) u, that is (4 d + 22) u |X|^2 of the K |X|^2 in q.
  *
- * Inputs above TREE_LARGE, where squares might overflow, and
- * NaN are searched by the scan over all codewords.
+ * Inputs above TREE_LARGE, where squares might overflow, and NaN are searched by the scan over all
+ * codewords.
  */
 #ifndef PLLM_TREE_H
 #define PLLM_TREE_H

@@ -415,8 +415,8 @@ static int searched_by_cell(const pllm_tree *tree, ptrdiff_t n)
     return tree->list_length && (size_t)n >= CELL_QUERIES * cells_of(tree);
 }
 
-/* A batch of n <= BATCH queries. What the lists leave is scanned for unless `by_tree`. Returns the work done, in units of one codeword scored by the scan;
- * the factors are measured. */
+/* A batch of n <= BATCH queries. What the lists leave is scanned for unless `by_tree`. Returns the work
+ * done, in units of one codeword scored by the scan; the factors are measured. */
 PLLM_INLINE double search_batch(const pllm_tree *tree, const float *z, int n, const int32_t *previous,
                                 int by_tree, int32_t *index, float *error, memory *m, const int d)
 {

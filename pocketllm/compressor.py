@@ -158,6 +158,7 @@ def plan(model: str | os.PathLike[str], config: PocketConfig | None = None) -> P
     with _threads(config.workers):
         result = make_plan(meta_model(folder), config)
         result.seconds = predict_work(result, config).total
+    with _threads(1):
         result.speeds = predict_speeds(result)
     return result
 
