@@ -29,6 +29,7 @@ ONCE = [
     "module_args.c",
     "module_search.c",
     "module_infer.c",
+    "module_layer.c",
     "module_train.c",
     "module_feedback.c",
 ]
@@ -39,6 +40,7 @@ PER_ISA = [
     "feedback.c",
     "infer.c",
     "infer_int.c",
+    "layer.c",
     "mlp.c",
     "pack.c",
     "search.c",

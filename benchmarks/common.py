@@ -153,3 +153,21 @@ def write_json(path: Path | None, benchmark: str, rows: object, *packages: str) 
     if path is not None:
         content = {"benchmark": benchmark, "machine": machine(*packages), "rows": rows}
         path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def llama_config(size: tuple[int, ...], **options: Any) -> Any:
+    """A LlamaConfig in bfloat16 of (layers, hidden, intermediate, heads, kv heads, vocabulary)."""
+    import torch
+    from transformers import LlamaConfig
+
+    layers, hidden, intermediate, heads, kv_heads, vocabulary = size
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        dtype=torch.bfloat16,
+        **options,
+    )

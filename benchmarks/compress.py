@@ -48,7 +48,8 @@ MIB = 2**20
 def build(folder: str, shape: Shape) -> None:
     """Runs in a process of its own: write the model, with the tokenizer that the demo has."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from common import llama_config
+    from transformers import LlamaForCausalLM
 
     from pocketllm.demo import DATA
     from pocketllm.hf import tensor_bytes
@@ -61,19 +62,8 @@ def build(folder: str, shape: Shape) -> None:
         write_tensors,
     )
 
-    layers, hidden, intermediate, heads, kv_heads, vocabulary = shape
     out = Path(folder)
-    config = LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=2048,
-        dtype=torch.bfloat16,
-        architectures=["LlamaForCausalLM"],
-    )
+    config = llama_config(shape, max_position_embeddings=2048, architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
         state = LlamaForCausalLM(config).state_dict()
     generator = torch.Generator().manual_seed(0)

@@ -7,7 +7,8 @@ Speed does not depend on what the weights say, so the dense model (bfloat16, ran
 memory and the compressed one gets random indices; it goes through the checkpoint format,
 from_pretrained and generate like any other. The head is compressed with the layers, the embedding
 is only looked up. Before timing, one layer of the loaded model is compared with its dequantised
-matrix. The models take turns; with one thread times are processor time, else wall time.
+matrix. The compressed model is timed once more with transformers' decoder layers in place of ours.
+The models take turns; with one thread times are processor time, else wall time.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import llama_config
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from pocketllm import kernels
+from pocketllm import decoder_layer, kernels
 from pocketllm.checkpoint import CodecData, CodecSpec, ModuleData, ModuleSpec, write_checkpoint
 from pocketllm.linear import PocketLinear
 from pocketllm.schema import row_stride_bytes
@@ -36,22 +38,6 @@ from pocketllm.tensorfile import ArrayTensor
 # layers, hidden, intermediate, heads, key-value heads, vocabulary
 SIZE = (16, 2048, 8192, 32, 8, 32000)
 QUICK = (2, 64, 128, 4, 2, 256)
-
-
-def configuration(size: tuple[int, ...]) -> LlamaConfig:
-    """The model's shape."""
-    layers, hidden, intermediate, heads, kv_heads, vocabulary = size
-    return LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        dtype=torch.bfloat16,
-    )
 
 
 def dense_model(config: LlamaConfig) -> nn.Module:
@@ -216,7 +202,8 @@ def main() -> None:
     shape = tuple(map(int, options.shape.split("x", 1)))
     prompt_length = 16 if options.quick else options.prompt
     new = 4 if options.quick else options.new
-    config = configuration(QUICK if options.quick else (options.layers, *SIZE[1:]))
+    size = QUICK if options.quick else (options.layers, *SIZE[1:])
+    config = llama_config(size, max_position_embeddings=4096, tie_word_embeddings=False)
     dense = dense_model(config)
     times: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -225,6 +212,8 @@ def main() -> None:
         compressed = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
         loading = time.perf_counter() - start
         check(compressed)
+        by_operators = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
+        decoder_layer.uninstall(by_operators)
         size = sum(f.stat().st_size for f in packed.glob("*.safetensors"))
         kinds = [k for k in options.llama_cpp.split(",") if k]
         others = llama_cpp(Path(folder), dense, kinds) if kinds else {}
@@ -236,7 +225,11 @@ def main() -> None:
                 generation(model, short, 1),
                 generation(model, short, 1 + new),
             )
-            for name, model in (("bf16", dense), ("pocketllm", compressed))
+            for name, model in (
+                ("bf16", dense),
+                ("pocketllm", compressed),
+                ("pocketllm, transformers' layers", by_operators),
+            )
         }
         for name, model in others.items():
             runs[name] = (

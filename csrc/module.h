@@ -46,9 +46,13 @@ void *pllm_data(PyArrayObject *array);
 /* Turns a kernel's status into an exception. Returns 1 for PLLM_OK, else 0 with MemoryError set. */
 int pllm_succeeded(int status);
 
+/* The matrix of a capsule of hold_matrix, or NULL with an exception set. Lives as long as the capsule. */
+const pllm_matrix *pllm_held_matrix(PyObject *capsule);
+
 /* Methods of each family, defined in module_<family>.c. */
 extern PyMethodDef pllm_search_methods[];
 extern PyMethodDef pllm_infer_methods[];
+extern PyMethodDef pllm_layer_methods[];
 extern PyMethodDef pllm_train_methods[];
 extern PyMethodDef pllm_feedback_methods[];
 

@@ -256,6 +256,12 @@ static PyObject *hold_matrix(PyObject *self, PyObject *args)
     return capsule;
 }
 
+const pllm_matrix *pllm_held_matrix(PyObject *capsule)
+{
+    const matrix_args *held = PyCapsule_GetPointer(capsule, matrix_name);
+    return held ? &held->matrix : NULL;
+}
+
 /* n values at an address, of bfloat16 or float32: float32 in *memory, which it moves on, or in place. */
 static const float *as_floats(const void *at, int is_bfloat16, ptrdiff_t n, float **memory)
 {
@@ -296,7 +302,7 @@ static PyObject *matmul_at(PyObject *self, PyObject *const *args, Py_ssize_t cou
         PyErr_Format(PyExc_TypeError, "matmul_at: got %zd arguments, want 9", count);
         return NULL;
     }
-    const matrix_args *held = PyCapsule_GetPointer(args[0], matrix_name);
+    const pllm_matrix *held = pllm_held_matrix(args[0]);
     const void *x = PyLong_AsVoidPtr(args[1]), *bias = PyLong_AsVoidPtr(args[4]);
     void *y = PyLong_AsVoidPtr(args[6]);
     const Py_ssize_t n = PyLong_AsSsize_t(args[2]);
@@ -309,7 +315,7 @@ static PyObject *matmul_at(PyObject *self, PyObject *const *args, Py_ssize_t cou
         return NULL;
 
     Py_BEGIN_ALLOW_THREADS
-    status = multiply(&held->matrix, x, n, x_kind != 0, bias, bias && bias_kind, y,
+    status = multiply(held, x, n, x_kind != 0, bias, bias && bias_kind, y,
                       (enum pllm_activations)activations, (int)threads);
     Py_END_ALLOW_THREADS
     if (!pllm_succeeded(status))

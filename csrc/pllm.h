@@ -200,6 +200,50 @@ typedef void pllm_narrow_fn(const float *x, ptrdiff_t n, uint16_t *out);
 
 #define PLLM_INFER_KERNELS(X) X(decode_rows) X(matmul) X(widen) X(narrow)
 
+/* ---- one token through a decoder layer (layer.c) ---------------------------------------------- */
+
+enum pllm_layer_part {
+    PLLM_LAYER_Q,
+    PLLM_LAYER_K,
+    PLLM_LAYER_V,
+    PLLM_LAYER_O,
+    PLLM_LAYER_GATE,
+    PLLM_LAYER_UP,
+    PLLM_LAYER_DOWN,
+    PLLM_LAYER_PARTS
+};
+
+/* A layer as in Llama:  x += O attention(Q n0(x), K n0(x), V n0(x));
+ *                       x += Down (silu(Gate n1(x)) * Up n1(x)),
+ * with n0, n1 root mean square norms, grouped queries and rotary positions.
+ * matrix: the seven of enum pllm_layer_part.  bias: of each, or NULL.  norm: (width) each.
+ * head_norm: NULL, or the norms (head_width) of every head of queries and of keys before they are turned.
+ * head_width: even; divides what Q, K and V give.  scale: of the scores. */
+typedef struct {
+    pllm_matrix matrix[PLLM_LAYER_PARTS];
+    const float *bias[PLLM_LAYER_PARTS];
+    const float *norm[2], *head_norm[2];
+    ptrdiff_t head_width;
+    float epsilon, scale;
+} pllm_layer;
+
+/* Queries, keys and values of a token, the first two turned by its position.
+ * x: (width).  cosine, sine: (head_width).  q, k, v: what the matrices give.
+ * Returns PLLM_OK or PLLM_ENOMEM. */
+typedef int pllm_layer_project_fn(const pllm_layer *layer, const float *x, const float *cosine,
+                                  const float *sine, float *q, float *k, float *v,
+                                  enum pllm_activations activations, int threads);
+
+/* The layer's output for the token.  x, y: (width).  q: from layer_project.
+ * keys, values: (kv heads, length, head_width), length >= 1, float32 or bfloat16, the token's own among
+ * them.  Returns PLLM_OK or PLLM_ENOMEM. */
+typedef int pllm_layer_finish_fn(const pllm_layer *layer, const float *x, const float *q,
+                                 const void *keys, const void *values, ptrdiff_t length,
+                                 int is_bfloat16, float *y, enum pllm_activations activations,
+                                 int threads);
+
+#define PLLM_LAYER_KERNELS(X) X(layer_project) X(layer_finish)
+
 /* ---- training (coder.c, mlp.c, train.c) ------------------------------------------------------ */
 
 /* Where N of the codec takes its statistics: the whole row, the sub-vector, or nowhere (identity;
@@ -303,6 +347,7 @@ typedef int pllm_encode_feedback_fn(const float *x, ptrdiff_t rows, ptrdiff_t co
     PLLM_SEARCH_KERNELS(X) \
     PLLM_PACK_KERNELS(X) \
     PLLM_INFER_KERNELS(X) \
+    PLLM_LAYER_KERNELS(X) \
     PLLM_TRAIN_KERNELS(X) \
     PLLM_FEEDBACK_KERNELS(X)
 

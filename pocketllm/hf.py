@@ -153,6 +153,7 @@ def replace_modules(
     Raises:
         CheckpointError: a module that the model does not have, or has in another shape.
     """
+    from . import decoder_layer
     from .linear import CodecBank, PocketEmbedding, PocketTiedLinear, build
 
     names = {spec.name: _locate(model, spec.name) for spec in layout.modules.values()}
@@ -173,6 +174,7 @@ def replace_modules(
         model.set_submodule(spec.name, new)
     model.add_module(schema.BANK, bank)
     _untie(model, {f"{name}.weight" for name in layout.modules})
+    decoder_layer.install(model)
     return layout
 
 
@@ -230,8 +232,10 @@ def restore_dense(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
         model: a compressed transformers model.
         dtype: of the dense weights; None is the model's.
     """
+    from . import decoder_layer
     from .linear import PocketEmbedding, PocketLinear, PocketTiedLinear
 
+    decoder_layer.uninstall(model)
     dtype = dtype or model.dtype
     for name, module in list(model.named_modules()):
         if isinstance(module, PocketEmbedding):

@@ -378,6 +378,71 @@ def matmul_at(
     _kernels.matmul_at(held, x, n, x_is_bfloat16, bias, bias_is_bfloat16, product, form, _threads())
 
 
+def hold_layer(
+    matrices: tuple[object, ...],
+    biases: tuple[Floats | None, ...],
+    norms: tuple[Floats | None, ...],
+    head_width: int,
+    epsilon: float,
+    scale: float,
+) -> object:
+    """A decoder layer checked once, for :func:`project_at` and :func:`finish_at`.
+
+    The layer is ``x += O attention(Q n0(x), K n0(x), V n0(x))``, then ``x += Down (silu(Gate n1(x))
+    * Up n1(x))``, with root mean square norms, grouped queries and rotary positions.
+
+    Args:
+        matrices: from :func:`hold_matrix`: Q, K, V, O, Gate, Up, Down.
+        biases: of each (out_features,), or None.
+        norms: n0 and n1 (width,), and of every head of queries and of keys (head_width,) or None.
+        head_width: even.
+        epsilon: of the norms.
+        scale: of the scores.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    return _kernels.hold_layer(matrices, biases, norms, head_width, epsilon, scale)
+
+
+def project_at(
+    layer: object, x: int, is_bfloat16: bool, cosine: int, sine: int, q: int, k: int, v: int
+) -> None:
+    """Queries, keys and values of one token, turned by its position. Addresses are trusted.
+
+    Args:
+        layer: from :func:`hold_layer`.
+        x: address of (width,), bfloat16 or float32.
+        is_bfloat16: what x, cosine, sine, k and v are.
+        cosine: address of (head_width,).
+        sine: address of (head_width,).
+        q: address of float32 (query heads * head_width,), written.
+        k: address of (key heads * head_width,), written.
+        v: address of the same for the values, written.
+    """
+    form = _ACTIVATIONS.index(_activations)
+    _kernels.project_at(layer, x, is_bfloat16, cosine, sine, q, k, v, form, _threads())
+
+
+def finish_at(
+    layer: object, x: int, is_bfloat16: bool, q: int, keys: int, values: int, length: int, y: int
+) -> None:
+    """The layer's output for the token of :func:`project_at`. Addresses are trusted.
+
+    Args:
+        layer: from :func:`hold_layer`.
+        x: address of (width,), bfloat16 or float32.
+        is_bfloat16: what x, keys, values and y are.
+        q: address of the queries, float32.
+        keys: address of (key heads, length, head_width), the token's own the last.
+        values: address of the same.
+        length: tokens, at least 1.
+        y: address of (width,), written.
+    """
+    form = _ACTIVATIONS.index(_activations)
+    _kernels.finish_at(layer, x, is_bfloat16, q, keys, values, length, y, form, _threads())
+
+
 # ---- training ---------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 
 void test_feedback(const pllm_kernels *k);
 void test_infer(const pllm_kernels *k);
+void test_layer(const pllm_kernels *k);
 void test_pack(const pllm_kernels *k);
 void test_search(const pllm_kernels *k);
 void test_simd(const pllm_kernels *k);
@@ -15,6 +16,7 @@ static const struct {
 } families[] = {
     {"feedback", test_feedback},
     {"infer", test_infer},
+    {"layer", test_layer},
     {"pack", test_pack},
     {"search", test_search},
     {"simd", test_simd},

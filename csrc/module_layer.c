@@ -1,0 +1,232 @@
+/* module_layer.c - Python wrappers of one token's way through a decoder layer. */
+#include "module.h"
+
+#include <stdlib.h>
+
+static const char layer_name[] = "pocketllm.layer";
+
+/* A layer and what its pointers point into. */
+typedef struct {
+    pllm_layer layer;
+    PyObject *matrices;                         /* tuple of capsules */
+    PyArrayObject *bias[PLLM_LAYER_PARTS], *norm[4];
+} held_layer;
+
+static void release(held_layer *held)
+{
+    Py_XDECREF(held->matrices);
+    for (int i = 0; i < PLLM_LAYER_PARTS; i++)
+        Py_XDECREF(held->bias[i]);
+    for (int i = 0; i < 4; i++)
+        Py_XDECREF(held->norm[i]);
+    free(held);
+}
+
+static void release_held(PyObject *capsule)
+{
+    held_layer *held = PyCapsule_GetPointer(capsule, layer_name);
+    if (held)
+        release(held);
+}
+
+/* Returns 1, or 0 with an exception set. */
+static int take_matrices(held_layer *held, PyObject *biases)
+{
+    if (PyTuple_Size(held->matrices) != PLLM_LAYER_PARTS || PyTuple_Size(biases) != PLLM_LAYER_PARTS) {
+        PyErr_Format(PyExc_ValueError, "matrices and biases: want tuples of %d", PLLM_LAYER_PARTS);
+        return 0;
+    }
+    for (int i = 0; i < PLLM_LAYER_PARTS; i++) {
+        const pllm_matrix *matrix = pllm_held_matrix(PyTuple_GetItem(held->matrices, i));
+        if (!matrix)
+            return 0;
+        const npy_intp rows = matrix->out_features;
+        if (!pllm_take_optional(&held->bias[i], PyTuple_GetItem(biases, i), "bias", NPY_FLOAT32, 1, &rows, ""))
+            return 0;
+        held->layer.matrix[i] = *matrix;
+        held->layer.bias[i] = pllm_data(held->bias[i]);
+    }
+    return 1;
+}
+
+/* Returns 1, or 0 with ValueError set, unless the matrices fit each other. */
+static int check_shapes(const pllm_layer *l)
+{
+    const pllm_matrix *const m = l->matrix;
+    const ptrdiff_t width = m[PLLM_LAYER_Q].in_features, inner = m[PLLM_LAYER_GATE].out_features;
+    const ptrdiff_t joined = m[PLLM_LAYER_Q].out_features, shared = m[PLLM_LAYER_K].out_features;
+    const int inputs = m[PLLM_LAYER_K].in_features == width && m[PLLM_LAYER_V].in_features == width &&
+                       m[PLLM_LAYER_GATE].in_features == width && m[PLLM_LAYER_UP].in_features == width;
+    const int outputs = m[PLLM_LAYER_O].in_features == joined && m[PLLM_LAYER_O].out_features == width &&
+                        m[PLLM_LAYER_UP].out_features == inner && m[PLLM_LAYER_DOWN].in_features == inner &&
+                        m[PLLM_LAYER_DOWN].out_features == width && m[PLLM_LAYER_V].out_features == shared;
+    if (inputs && outputs && shared > 0 && l->head_width > 0 && l->head_width % 2 == 0 &&
+        shared % l->head_width == 0 && joined % shared == 0)
+        return 1;
+    PyErr_SetString(PyExc_ValueError, "matrices: their shapes are not those of a decoder layer");
+    return 0;
+}
+
+/* hold_layer(matrices, biases, norms, head_width, epsilon, scale) -> capsule */
+static PyObject *hold_layer(PyObject *self, PyObject *args)
+{
+    static const char *const names[] = {"norm", "norm", "head_norm", "head_norm"};
+    PyObject *matrices, *biases, *norms[4], *capsule = NULL;
+    Py_ssize_t head_width;
+    float epsilon, scale;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "O!O!(OOOO)nff:hold_layer", &PyTuple_Type, &matrices, &PyTuple_Type, &biases,
+                          &norms[0], &norms[1], &norms[2], &norms[3], &head_width, &epsilon, &scale))
+        return NULL;
+    held_layer *held = calloc(1, sizeof *held);
+    if (!held)
+        return PyErr_NoMemory();
+    pllm_layer *const layer = &held->layer;
+    Py_INCREF(matrices);
+    held->matrices = matrices;
+    layer->head_width = head_width;
+    layer->epsilon = epsilon;
+    layer->scale = scale;
+    if (!take_matrices(held, biases) || !check_shapes(layer))
+        goto done;
+    const npy_intp width = layer->matrix[PLLM_LAYER_Q].in_features;
+    for (int i = 0; i < 4; i++) {
+        const npy_intp length = i < 2 ? width : head_width;
+        if (!(i < 2 ? pllm_take : pllm_take_optional)(&held->norm[i], norms[i], names[i], NPY_FLOAT32, 1,
+                                                      &length, ""))
+            goto done;
+        *(i < 2 ? &layer->norm[i] : &layer->head_norm[i - 2]) = pllm_data(held->norm[i]);
+    }
+    capsule = PyCapsule_New(held, layer_name, release_held);
+done:
+    if (!capsule)
+        release(held);
+    return capsule;
+}
+
+/* n values at an address as float32: in place, or widened into memory. */
+static const float *as_floats(const void *at, int is_bfloat16, ptrdiff_t n, float *memory)
+{
+    if (!is_bfloat16)
+        return at;
+    pllm_active()->widen(at, n, memory);
+    return memory;
+}
+
+/* layer_project with bfloat16 as it is in memory: x, cosine, sine, k and v are of one type, q is float32. */
+static int project(const pllm_layer *l, const void *x, int is_bfloat16, const void *cosine, const void *sine,
+                   float *q, void *k, void *v, enum pllm_activations activations, int threads)
+{
+    const ptrdiff_t width = l->matrix[PLLM_LAYER_Q].in_features, head = l->head_width;
+    const ptrdiff_t shared = l->matrix[PLLM_LAYER_K].out_features;
+    const pllm_kernels *const kernels = pllm_active();
+    float *const memory =
+        is_bfloat16 ? malloc((size_t)(width + 2 * head + 2 * shared) * sizeof *memory) : NULL;
+    if (is_bfloat16 && !memory)
+        return PLLM_ENOMEM;
+    float *const turn = memory + width, *const made = turn + 2 * head;
+    const int status = kernels->layer_project(
+        l, as_floats(x, is_bfloat16, width, memory), as_floats(cosine, is_bfloat16, head, turn),
+        as_floats(sine, is_bfloat16, head, turn + head), q, is_bfloat16 ? made : k,
+        is_bfloat16 ? made + shared : v, activations, threads);
+    if (is_bfloat16 && status == PLLM_OK) {
+        kernels->narrow(made, shared, k);
+        kernels->narrow(made + shared, shared, v);
+    }
+    free(memory);
+    return status;
+}
+
+/* layer_finish with x and y, as keys and values, of one type. */
+static int finish(const pllm_layer *l, const void *x, int is_bfloat16, const float *q, const void *keys,
+                  const void *values, ptrdiff_t length, void *y, enum pllm_activations activations,
+                  int threads)
+{
+    const ptrdiff_t width = l->matrix[PLLM_LAYER_Q].in_features;
+    const pllm_kernels *const kernels = pllm_active();
+    float *const memory = is_bfloat16 ? malloc((size_t)(2 * width) * sizeof *memory) : NULL;
+    if (is_bfloat16 && !memory)
+        return PLLM_ENOMEM;
+    float *const made = is_bfloat16 ? memory + width : y;
+    const int status = kernels->layer_finish(l, as_floats(x, is_bfloat16, width, memory), q, keys, values,
+                                             length, is_bfloat16, made, activations, threads);
+    if (is_bfloat16 && status == PLLM_OK)
+        kernels->narrow(made, width, y);
+    free(memory);
+    return status;
+}
+
+/* The layer and the last two arguments of both functions below. Returns NULL with an exception set. */
+static const pllm_layer *take_call(const char *name, PyObject *const *args, Py_ssize_t count, Py_ssize_t want,
+                                   enum pllm_activations *activations, int *threads)
+{
+    if (count != want) {
+        PyErr_Format(PyExc_TypeError, "%s: got %zd arguments, want %zd", name, count, want);
+        return NULL;
+    }
+    const held_layer *held = PyCapsule_GetPointer(args[0], layer_name);
+    const long form = PyLong_AsLong(args[want - 2]), used = PyLong_AsLong(args[want - 1]);
+    if (!held || PyErr_Occurred() ||
+        !pllm_in_range("activations", form, PLLM_ACTIVATIONS_FLOAT32, PLLM_ACTIVATIONS_INT16) ||
+        !pllm_in_range("threads", used, 1, PLLM_MAX_THREADS))
+        return NULL;
+    *activations = (enum pllm_activations)form;
+    *threads = (int)used;
+    return &held->layer;
+}
+
+/* project_at(layer, x, is_bfloat16, cosine, sine, q, k, v, activations, threads): addresses, trusted. */
+static PyObject *project_at(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    enum pllm_activations activations;
+    int threads, status;
+    (void)self;
+    const pllm_layer *layer = take_call("project_at", args, count, 10, &activations, &threads);
+    if (!layer)
+        return NULL;
+    const void *x = PyLong_AsVoidPtr(args[1]), *cosine = PyLong_AsVoidPtr(args[3]);
+    const void *sine = PyLong_AsVoidPtr(args[4]);
+    void *q = PyLong_AsVoidPtr(args[5]), *k = PyLong_AsVoidPtr(args[6]), *v = PyLong_AsVoidPtr(args[7]);
+    const int is_bfloat16 = PyLong_AsLong(args[2]) != 0;
+    if (PyErr_Occurred())
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = project(layer, x, is_bfloat16, cosine, sine, q, k, v, activations, threads);
+    Py_END_ALLOW_THREADS
+    if (!pllm_succeeded(status))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* finish_at(layer, x, is_bfloat16, q, keys, values, length, y, activations, threads): addresses, trusted. */
+static PyObject *finish_at(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    enum pllm_activations activations;
+    int threads, status;
+    (void)self;
+    const pllm_layer *layer = take_call("finish_at", args, count, 10, &activations, &threads);
+    if (!layer)
+        return NULL;
+    const void *x = PyLong_AsVoidPtr(args[1]), *q = PyLong_AsVoidPtr(args[3]);
+    const void *keys = PyLong_AsVoidPtr(args[4]), *values = PyLong_AsVoidPtr(args[5]);
+    const Py_ssize_t length = PyLong_AsSsize_t(args[6]);
+    void *y = PyLong_AsVoidPtr(args[7]);
+    const int is_bfloat16 = PyLong_AsLong(args[2]) != 0;
+    if (PyErr_Occurred() || !pllm_in_range("length", length, 1, PY_SSIZE_T_MAX / 64))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = finish(layer, x, is_bfloat16, q, keys, values, length, y, activations, threads);
+    Py_END_ALLOW_THREADS
+    if (!pllm_succeeded(status))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+PyMethodDef pllm_layer_methods[] = {
+    {"hold_layer", hold_layer, METH_VARARGS, "A decoder layer for many tokens."},
+    {"project_at", (PyCFunction)(void (*)(void))project_at, METH_FASTCALL,
+     "Queries, keys and values of a token, by address."},
+    {"finish_at", (PyCFunction)(void (*)(void))finish_at, METH_FASTCALL,
+     "A layer's output for a token, by address."},
+    {NULL, NULL, 0, NULL},
+};

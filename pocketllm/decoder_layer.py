@@ -1,0 +1,283 @@
+"""Decoder layers that take one token in two calls of the kernels.
+
+While text is generated, a layer sees one token at a time. Its products aside, that is seventy small
+operators of PyTorch (norms, rotation, cache, attention, gate), which cost about a millisecond and
+compute next to nothing. Layers of Llama, Mistral, Qwen2 and Qwen3 whose matrices are compressed do
+all of it in C. :func:`install` gives such layers a subclass of their own class that does so for one
+token of one sequence on the CPU, without gradients, and in every other case (several tokens or
+sequences, masks, other caches, hooks, adapters, attention that is asked for) leaves the work to
+transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from . import kernels, ops
+from .linear import PocketLinear
+
+_FAMILIES = {
+    f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mistral", "qwen2", "qwen3")
+}
+# In the order of enum pllm_layer_part.
+_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+_DTYPES = (torch.float32, torch.bfloat16)
+_CAPTURING = "transformers.utils.output_capturing"
+# What is collected of whole layers.
+_OF_LAYERS = {"hidden_states", "_hidden_states_layers"}
+
+
+def install(model: nn.Module) -> None:
+    """Let the model's decoder layers, where they are of a known kind, take single tokens in C."""
+    for module in model.modules():
+        kind = type(module)
+        known = kind.__module__ in _FAMILIES and kind.__name__.endswith("DecoderLayer")
+        if known and not issubclass(kind, OneTokenLayer):
+            module.__class__ = _class_of(kind)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Give the layers their own class back."""
+    for module in model.modules():
+        if isinstance(module, OneTokenLayer):
+            module.__dict__.pop("_plan", None)
+            module.__class__ = module.original
+
+
+class _Plan(NamedTuple):
+    """What the kernels were given of a layer, to see whether it still is that.
+
+    Attributes:
+        parts: the modules inside the layer.
+        arrays: of the seven matrices.
+        tensors: norms and biases; None where there is none.
+        versions: theirs.
+        held: for :func:`pocketllm.kernels.project_at`.
+        widths: of queries, and of keys and values.
+        head: width of a head.
+    """
+
+    parts: tuple[nn.Module | None, ...]
+    arrays: tuple[ops.Arrays, ...]
+    tensors: tuple[Tensor | None, ...]
+    versions: list[int]
+    held: object
+    widths: tuple[int, int]
+    head: int
+
+
+class OneTokenLayer(nn.Module):
+    """Mixed into a class of decoder layers by :func:`install`."""
+
+    original: type[nn.Module]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the layer's own class: hidden states (batch, tokens, width) -> the same shape."""
+        if not args and ops.runs_directly(hidden_states) and hidden_states.shape[:2] == (1, 1):
+            made = self._one_token(hidden_states, **kwargs)
+            if made is not None:
+                return made
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def _one_token(
+        self,
+        x: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        output_attentions: bool | None = None,
+        **others: Any,
+    ) -> Tensor | None:
+        """The layer's output for one token, or None where transformers has to do it."""
+        if (
+            attention_mask is not None
+            or position_embeddings is None
+            or output_attentions
+            or self.training
+            or x.dtype not in _DTYPES
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        index = self.self_attn.layer_idx
+        if not _grows(past_key_values, index, x):
+            return None
+        plan = self._planned()
+        if plan is None:
+            return None
+        cosine, sine = position_embeddings
+        if cosine.shape != (1, 1, plan.head) or cosine.dtype != x.dtype or sine.dtype != x.dtype:
+            return None
+        x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
+        is_bfloat16 = x.dtype is torch.bfloat16
+        queries, shared = plan.widths
+        q = x.new_empty(queries, dtype=torch.float32)
+        k, v = x.new_empty(2, 1, shared // plan.head, 1, plan.head).unbind()
+        kernels.project_at(
+            plan.held,
+            x.data_ptr(),
+            is_bfloat16,
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+        )
+        keys, values = past_key_values.update(k, v, index)
+        keys, values = keys.contiguous(), values.contiguous()
+        made = torch.empty_like(x)
+        kernels.finish_at(
+            plan.held,
+            x.data_ptr(),
+            is_bfloat16,
+            q.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.shape[2],
+            made.data_ptr(),
+        )
+        return made
+
+    def _planned(self) -> _Plan | None:
+        """The layer as the kernels take it, kept until a part of it changes; None: it is changed
+        so that they cannot."""
+        parts = _parts(self)
+        if any(map(_is_hooked, parts)) or torch_module._has_any_global_hook():
+            return None
+        plan: _Plan | None = self.__dict__.get("_plan")
+        if plan is not None and all(map(_is, parts, plan.parts)):
+            arrays = [part._arrays() for part in parts[:7]]
+            if (
+                all(map(_is, arrays, plan.arrays))
+                and all(map(_is, _tensors(parts), plan.tensors))
+                and _versions(plan.tensors) == plan.versions
+            ):
+                return plan
+        plan = self.__dict__["_plan"] = _make_plan(self, parts)
+        return plan
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name != "_plan"}
+        return _new, (self.original,), state
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _class_of(original: type[nn.Module]) -> type[nn.Module]:
+    """The original with OneTokenLayer before it, under its own name: transformers looks for it."""
+    if original not in _classes:
+        own = {"original": original, "__module__": original.__module__, "__doc__": original.__doc__}
+        _classes[original] = type(original.__name__, (OneTokenLayer, original), own)
+    return _classes[original]
+
+
+def _new(original: type[nn.Module]) -> nn.Module:
+    module: nn.Module = object.__new__(_class_of(original))
+    return module
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
+
+
+def _is_hooked(part: Any) -> bool:
+    """Whether somebody follows or replaces what the module computes."""
+    if part is None:
+        return False
+    hooks = part._forward_hooks
+    return bool(
+        part._forward_pre_hooks
+        or "forward" in part.__dict__
+        or (hooks and not all(map(_is_idle, hooks.values())))
+    )
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether a hook is one of those that transformers leaves in a model once any output inside it
+    was asked for, and none but hidden states is asked for now."""
+    if getattr(hook, "__module__", None) != _CAPTURING:
+        return False
+    collected = sys.modules[_CAPTURING]._active_collector.get()
+    return collected is None or not set(collected).difference(_OF_LAYERS)
+
+
+def _grows(past: Any, index: int, x: Tensor) -> bool:
+    """Whether a layer's cache simply holds all keys and values, of one sequence."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    if type(past) is not DynamicCache or index >= len(past.layers):
+        return False
+    layer = past.layers[index]
+    if type(layer) is not DynamicLayer or not layer.is_initialized:
+        return False
+    keys = layer.keys
+    return keys.dtype == x.dtype and keys.is_cpu and keys.dim() == 4 and keys.shape[0] == 1
+
+
+def _parts(layer: nn.Module) -> tuple[Any, ...]:
+    """The seven matrices, the norms (those of heads may be missing), the rest."""
+    inside = layer._modules
+    attention, mlp = inside.get("self_attn"), inside.get("mlp")
+    in_attention = attention._modules if attention is not None else {}
+    in_mlp = mlp._modules if mlp is not None else {}
+    return (
+        *[in_attention.get(name) for name in _ATTENTION],
+        *[in_mlp.get(name) for name in _MLP],
+        inside.get("input_layernorm"),
+        inside.get("post_attention_layernorm"),
+        in_attention.get("q_norm"),
+        in_attention.get("k_norm"),
+        attention,
+        mlp,
+        in_mlp.get("act_fn"),
+    )
+
+
+def _tensors(parts: tuple[Any, ...]) -> list[Tensor | None]:
+    return [part.bias for part in parts[:7]] + [
+        None if part is None else part.weight for part in parts[7:11]
+    ]
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    return [0 if t is None or t.is_inference() else t._version for t in tensors]
+
+
+def _make_plan(layer: nn.Module, parts: tuple[Any, ...]) -> _Plan | None:
+    """None where a part is not what the kernels compute."""
+    matrices, norms, (attention, mlp, activation) = parts[:7], parts[7:11], parts[11:]
+    if not all(type(part) is PocketLinear for part in matrices):
+        return None
+    if any(type(part).__module__ not in _FAMILIES for part in (*norms[:2], attention, mlp)):
+        return None
+    epsilons = {part.variance_epsilon for part in norms if part is not None}
+    if (
+        type(activation).__name__ not in ("SiLU", "SiLUActivation")
+        or attention.config._attn_implementation not in ("sdpa", "eager")
+        or (norms[2] is None) != (norms[3] is None)
+        or len(epsilons) != 1
+    ):
+        return None
+    tensors = tuple(_tensors(parts))
+    if any(tensor is not None and not tensor.is_cpu for tensor in tensors):
+        return None
+    floats = [None if t is None else t.detach().float().contiguous().numpy() for t in tensors]
+    arrays = tuple(part._arrays() for part in matrices)
+    head = attention.head_dim
+    held = kernels.hold_layer(
+        tuple(a.held for a in arrays),
+        tuple(floats[:7]),
+        tuple(floats[7:]),
+        head,
+        epsilons.pop(),
+        attention.scaling,
+    )
+    widths = matrices[0].out_features, matrices[1].out_features
+    return _Plan(parts, arrays, tensors, _versions(tensors), held, widths, head)
