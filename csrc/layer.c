@@ -9,6 +9,7 @@
 
 enum {
     LANES = 16,
+    DOT_ROWS = 4,           /* keys that a query meets together */
     BLOCK_TOKENS = 32,      /* keys or values that are in the first-level cache at a time */
     WORK_PER_THREAD = 32768 /* multiply-adds of the attention */
 };
@@ -75,16 +76,28 @@ static const float *as_floats(const void *values, int is_bfloat16, ptrdiff_t sta
     return buffer;
 }
 
-static float dot(const float *a, const float *b, ptrdiff_t n)
+/* dot (DOT_ROWS) = the products of q with as many rows (count, width); behind the last row, the last's. */
+static void dot_rows(const float *q, const float *rows, ptrdiff_t count, ptrdiff_t width, float *dot)
 {
-    const ptrdiff_t whole = n / LANES * LANES;
-    vf16 sum = vf16_zero();
-    for (ptrdiff_t i = 0; i < whole; i += LANES)
-        sum = vf16_fma(vf16_load(a + i), vf16_load(b + i), sum);
-    if (whole < n)
-        sum = vf16_fma(vf16_load_part(a + whole, (int)(n - whole)),
-                       vf16_load_part(b + whole, (int)(n - whole)), sum);
-    return vf16_sum(sum);
+    const ptrdiff_t whole = width / LANES * LANES;
+    const int rest = (int)(width - whole);
+    const float *row[DOT_ROWS];
+    vf16 sum[DOT_ROWS];
+    for (int r = 0; r < DOT_ROWS; r++) {
+        row[r] = rows + (r < count ? r : count - 1) * width;
+        sum[r] = vf16_zero();
+    }
+    for (ptrdiff_t i = 0; i < whole; i += LANES) {
+        const vf16 here = vf16_load(q + i);
+        PLLM_UNROLL
+        for (int r = 0; r < DOT_ROWS; r++)
+            sum[r] = vf16_fma(here, vf16_load(row[r] + i), sum[r]);
+    }
+    for (int r = 0; r < DOT_ROWS; r++) {
+        if (rest)
+            sum[r] = vf16_fma(vf16_load_part(q + whole, rest), vf16_load_part(row[r] + whole, rest), sum[r]);
+        dot[r] = vf16_sum(sum[r]);
+    }
 }
 
 /* out (width) += sum over t of share[t] rows[t], in the order of t.  rows: (count, width). */
@@ -106,9 +119,9 @@ static void add_rows(const float *share, const float *rows, ptrdiff_t count, ptr
             out[c] = fmaf(share[t], rows[t * width + c], out[c]);
 }
 
-/* score = exp(score - the largest), zeros behind the last; returns 1 / their sum.
- * score: whole_lanes(length). */
-static float exponentials(float *score, ptrdiff_t length)
+/* score = exp(scale (score - the largest)), zeros behind the last; returns 1 / their sum.
+ * score: whole_lanes(length).  scale: positive. */
+static float exponentials(float *score, ptrdiff_t length, float scale)
 {
     const ptrdiff_t padded = whole_lanes(length);
     float largest = score[0];
@@ -116,9 +129,11 @@ static float exponentials(float *score, ptrdiff_t length)
         largest = score[t] > largest ? score[t] : largest;
     for (ptrdiff_t t = length; t < padded; t++)
         score[t] = largest;
-    const vf top = vf_set1(largest), least = vf_set1(-85.0f);
-    for (ptrdiff_t t = 0; t < padded; t += VF_WIDTH)
-        vf_store(score + t, exp_negative(vf_max(least, vf_sub(vf_load(score + t), top))));
+    const vf top = vf_set1(largest), factor = vf_set1(scale), least = vf_set1(-85.0f);
+    for (ptrdiff_t t = 0; t < padded; t += VF_WIDTH) {
+        const vf below = vf_mul(factor, vf_sub(vf_load(score + t), top));
+        vf_store(score + t, exp_negative(vf_max(least, below)));
+    }
     vf16 sum = vf16_zero();
     for (ptrdiff_t t = length; t < padded; t++)
         score[t] = 0.0f;
@@ -140,12 +155,13 @@ static void attend_group(const float *q, ptrdiff_t group, ptrdiff_t width, float
         const float *keys =
             as_floats(p->keys, p->is_bfloat16, start + first * width, count * width, block);
         for (ptrdiff_t h = 0; h < group; h++)
-            for (ptrdiff_t t = 0; t < count; t++)
-                score[h * padded + first + t] = scale * dot(q + h * width, keys + t * width, width);
+            for (ptrdiff_t t = 0; t < count; t += DOT_ROWS)
+                dot_rows(q + h * width, keys + t * width, count - t, width,
+                         score + h * padded + first + t);
     }
     memset(out, 0, (size_t)(group * width) * sizeof *out);
     for (ptrdiff_t h = 0; h < group; h++)
-        inverse[h] = exponentials(score + h * padded, p->length);
+        inverse[h] = exponentials(score + h * padded, p->length, scale);
     for (ptrdiff_t first = 0; first < p->length; first += BLOCK_TOKENS) {
         const ptrdiff_t left = p->length - first, count = left < BLOCK_TOKENS ? left : BLOCK_TOKENS;
         const float *values =

@@ -218,7 +218,7 @@ enum pllm_layer_part {
  * with n0, n1 root mean square norms, grouped queries and rotary positions.
  * matrix: the seven of enum pllm_layer_part.  bias: of each, or NULL.  norm: (width) each.
  * head_norm: NULL, or the norms (head_width) of every head of queries and of keys before they are turned.
- * head_width: even; divides what Q, K and V give.  scale: of the scores. */
+ * head_width: even; divides what Q, K and V give.  scale: of the scores, positive. */
 typedef struct {
     pllm_matrix matrix[PLLM_LAYER_PARTS];
     const float *bias[PLLM_LAYER_PARTS];
