@@ -148,11 +148,12 @@ PLLM_INLINE float dot_fetched(const row_table *table, const uint8_t *source, con
 
 /* ---- single values: look-ups in registers ---------------------------------------------------- */
 
-/* 32 indices of 7 or 8 bits as bytes. */
+/* 32 indices of 7 or 8 bits as bytes, in quarters: 0 and 2 in the lower half, 1 and 3 in the upper, so that
+ * lower_half and upper_half have them in order. */
 PLLM_INLINE __m256i indices_as_bytes(const uint8_t *source, int bits)
 {
     if (bits == 8)
-        return _mm256_loadu_si256((const __m256i *)(const void *)source);
+        return _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)(const void *)source), 0xd8);
     /* A lane of 16 bits takes the two bytes an index is in, and multiplies it up to its top. */
     const __m256i pick = _mm256_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 7, 8, 8, 9,
                                           9, 10, 10, 11, 11, 12, 12, 13, 13, 14);
@@ -163,43 +164,76 @@ PLLM_INLINE __m256i indices_as_bytes(const uint8_t *source, int bits)
         const __m256i words = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), pick);
         half[h] = _mm256_srli_epi16(_mm256_mullo_epi16(words, raise), 9);
     }
-    return _mm256_permute4x64_epi64(_mm256_packus_epi16(half[0], half[1]), 0xd8);
+    return _mm256_packus_epi16(half[0], half[1]);
 }
 
-/* The values of 32 indices, as bytes. A look-up in sixteen bytes gives 0 where bit 7 of its index is
- * set: where, by subtraction, the index is below the first row of the sixteen. That leaves the sixteens
- * up to the index's own, and their exclusive or is its value (make_planes). */
-PLLM_INLINE __m256i look_up(const int8_t *planes, __m256i index, int bits)
+/* Keeps the compiler from computing a chain in another order, which needs more registers than there are. */
+#define IN_ORDER(vector) __asm__("" : "+x"(vector))
+
+/* value[i] = the values of 32 indices, as bytes, for `vectors` of them: 1 or 2, a constant, which share the
+ * loads of the table. A look-up in sixteen bytes gives 0 where bit 7 of its index is set: where, by
+ * subtraction, the index is below the first row of the sixteen. That leaves the sixteens up to the index's
+ * own, and their exclusive or is its value (make_planes). */
+PLLM_INLINE void look_up(const int8_t *planes, const uint8_t *source, int vectors, int bits, __m256i *value)
 {
-    __m256i key = bits == 8 ? _mm256_and_si256(index, _mm256_set1_epi8(127)) : index;
-    __m256i low = _mm256_setzero_si256(), high = low;
+    const __m256i *sixteens = (const __m256i *)(const void *)planes;
+    __m256i index[2], key[2], high[2];
+    PLLM_UNROLL
+    for (int i = 0; i < vectors; i++) {
+        index[i] = indices_as_bytes(source + 4 * bits * i, bits);
+        key[i] = bits == 8 ? _mm256_and_si256(index[i], _mm256_set1_epi8(127)) : index[i];
+        value[i] = high[i] = _mm256_setzero_si256();
+    }
     PLLM_UNROLL
     for (int part = 0; part < 8; part++) {
-        const __m256i *const at = (const __m256i *)(const void *)(planes + part * 32);
-        low = _mm256_xor_si256(low, _mm256_shuffle_epi8(_mm256_load_si256(at), key));
-        if (bits == 8)
-            high = _mm256_xor_si256(high, _mm256_shuffle_epi8(_mm256_load_si256(at + 8), key));
-        key = _mm256_sub_epi8(key, _mm256_set1_epi8(16));
+        PLLM_OPAQUE(sixteens);
+        const __m256i low_rows = _mm256_load_si256(sixteens + part);
+        const __m256i high_rows = bits == 8 ? _mm256_load_si256(sixteens + part + 8) : low_rows;
+        PLLM_UNROLL
+        for (int i = 0; i < vectors; i++) {
+            value[i] = _mm256_xor_si256(value[i], _mm256_shuffle_epi8(low_rows, key[i]));
+            if (bits == 8)
+                high[i] = _mm256_xor_si256(high[i], _mm256_shuffle_epi8(high_rows, key[i]));
+            key[i] = _mm256_sub_epi8(key[i], _mm256_set1_epi8(16));
+            IN_ORDER(value[i]);
+            IN_ORDER(high[i]);
+            IN_ORDER(key[i]);
+        }
     }
-    return bits == 8 ? _mm256_blendv_epi8(low, high, index) : low;
+    for (int i = 0; i < vectors && bits == 8; i++)
+        value[i] = _mm256_blendv_epi8(value[i], high[i], index[i]);
 }
 
-PLLM_INLINE __m256i lower_half(__m256i bytes) { return _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes)); }
+/* Quarters 0 and 1 as int16, and 2 and 3: doubled bytes, shifted; a sign extension across the halves of a
+ * vector takes more than twice as long. */
+PLLM_INLINE __m256i lower_half(__m256i bytes)
+{
+    return _mm256_srai_epi16(_mm256_unpacklo_epi8(bytes, bytes), 8);
+}
 
 PLLM_INLINE __m256i upper_half(__m256i bytes)
 {
-    return _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1));
+    return _mm256_srai_epi16(_mm256_unpackhi_epi8(bytes, bytes), 8);
 }
 
 PLLM_INLINE void decode_single(const row_table *t, const uint8_t *source, ptrdiff_t octets, int bits,
                                int16_t *target)
 {
     for (; octets >= 4; octets -= 4, source += 4 * bits, target += 32) {
-        const __m256i value = look_up(t->planes, indices_as_bytes(source, bits), bits);
+        __m256i value;
+        look_up(t->planes, source, 1, bits, &value);
         _mm256_storeu_si256((__m256i *)(void *)target, lower_half(value));
         _mm256_storeu_si256((__m256i *)(void *)(target + 16), upper_half(value));
     }
     decode_plain(t, source, octets, 1, 1, target);
+}
+
+/* sum + the products of 32 values with x. */
+PLLM_INLINE __m256i add_products(__m256i sum, __m256i value, const int16_t *x)
+{
+    const __m256i *const xs = (const __m256i *)(const void *)x;
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(lower_half(value), _mm256_loadu_si256(xs)));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(upper_half(value), _mm256_loadu_si256(xs + 1)));
 }
 
 PLLM_INLINE float dot_single(const row_table *t, const uint8_t *source, const token_spans *token, int bits)
@@ -208,12 +242,15 @@ PLLM_INLINE float dot_single(const row_table *t, const uint8_t *source, const to
     for (ptrdiff_t s = 0; s < token->spans; s++) {
         const int16_t *x = token->x + s * token->width;
         ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
-        __m256i even = _mm256_setzero_si256(), odd = even;
+        __m256i even = _mm256_setzero_si256(), odd = even, value[2];
+        for (; octets >= 8; octets -= 8, source += 8 * bits, x += 64) {
+            look_up(t->planes, source, 2, bits, value);
+            even = add_products(even, value[0], x);
+            odd = add_products(odd, value[1], x + 32);
+        }
         for (; octets >= 4; octets -= 4, source += 4 * bits, x += 32) {
-            const __m256i value = look_up(t->planes, indices_as_bytes(source, bits), bits);
-            const __m256i *const xs = (const __m256i *)(const void *)x;
-            even = _mm256_add_epi32(even, _mm256_madd_epi16(lower_half(value), _mm256_loadu_si256(xs)));
-            odd = _mm256_add_epi32(odd, _mm256_madd_epi16(upper_half(value), _mm256_loadu_si256(xs + 1)));
+            look_up(t->planes, source, 1, bits, value);
+            even = add_products(even, value[0], x);
         }
         int32_t products = sum_of_lanes(_mm256_add_epi32(even, odd));
         for (; octets > 0; octets--, source += bits, x += OCTET) {
