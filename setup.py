@@ -37,6 +37,7 @@ PER_ISA = [
     "isa_table.c",
     "bfloat16.c",
     "coder.c",
+    "coder_mlp.c",
     "feedback.c",
     "infer.c",
     "infer_int.c",

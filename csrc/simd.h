@@ -90,6 +90,13 @@ static inline vf16 vf16_add(vf16 a, vf16 b)
     return a;
 }
 
+static inline vf16 vf16_mul(vf16 a, vf16 b)
+{
+    for (int i = 0; i < VF16_PARTS; i++)
+        a.part[i] = vf_mul(a.part[i], b.part[i]);
+    return a;
+}
+
 static inline vf16 vf16_fma(vf16 a, vf16 b, vf16 c)
 {
     for (int i = 0; i < VF16_PARTS; i++)

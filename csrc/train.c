@@ -66,21 +66,24 @@ static void load_codewords(const pllm_step *s, ptrdiff_t first, ptrdiff_t count,
 /* Weights of the squared errors as blocks; lanes behind the last get zeros. */
 static void load_factor(const pllm_step *s, ptrdiff_t first, ptrdiff_t count, float *blocks)
 {
-    int d = s->coder.d;
-    ptrdiff_t per_row = s->length / d, row = first / per_row, column = first % per_row;
-    ptrdiff_t padded = (count + CODER_LANES - 1) / CODER_LANES * CODER_LANES;
-    for (ptrdiff_t i = 0; i < padded; i++) {
-        const float *weight = s->weight;
-        if (weight)
-            weight += row * s->weight_row_stride + column * d;
+    const int d = s->coder.d;
+    const ptrdiff_t per_row = s->length / d, used = (count + CODER_LANES - 1) / CODER_LANES;
+    ptrdiff_t row = first / per_row, column = first % per_row;
+    for (ptrdiff_t i = 0; i < used * d * CODER_LANES; i += VF_WIDTH)
+        vf_store(blocks + i, vf_set1(1.0f));
+    for (ptrdiff_t i = 0; i < count && s->weight; i++) {
+        const float *weight = s->weight + row * s->weight_row_stride + column * d;
         float *out = blocks + i / CODER_LANES * d * CODER_LANES + i % CODER_LANES;
         for (int c = 0; c < d; c++)
-            out[c * CODER_LANES] = i < count ? (weight ? weight[c] : 1.0f) : 0.0f;
-        if (i + 1 < count && ++column == per_row) {
+            out[c * CODER_LANES] = weight[c];
+        if (++column == per_row) {
             column = 0;
             row++;
         }
     }
+    for (ptrdiff_t i = count; i < used * CODER_LANES; i++)
+        for (int c = 0; c < d; c++)
+            blocks[((used - 1) * d + c) * CODER_LANES + i % CODER_LANES] = 0.0f;
 }
 
 /* Adds the unit's loss sums to loss[0] (reconstruction) and loss[1] (commitment), leaves the

@@ -1,4 +1,4 @@
-/* test_training.c - the codec's kernels: an MLP against a plain loop in double, its gradients against
+/* test_training.c - the codec's kernels: gelu and an MLP against plain loops in double, gradients against
  * differences, and everything bit for bit against the scalar kernels with another thread count. */
 #include "check.h"
 
@@ -40,6 +40,47 @@ static void check_mlp(const pllm_kernels *k, ptrdiff_t n, int d, int h)
                   "mlp n %td d %d h %d: %g is not %g", n, d, h, (double)out[i * d + j], want[j]);
     }
     free(x), free(params), free(out);
+}
+
+/* gelu and its slope at n values of x, through an MLP whose weights are 1 and biases 0. */
+static void run_gelu(const pllm_kernels *k, const float *x, ptrdiff_t n, float *value, float *slope)
+{
+    const float params[4] = {1.0f, 0.0f, 1.0f, 0.0f};
+    float *grad = new_floats((size_t)n), grad_params[4];
+    for (ptrdiff_t i = 0; i < n; i++)
+        grad[i] = 1.0f;
+    CHECK(k->mlp(x, n, 1, 1, params, value, 1) == PLLM_OK, "gelu: no memory");
+    CHECK(k->mlp_backward(x, n, 1, 1, params, grad, slope, grad_params, 1) == PLLM_OK,
+          "gelu: no memory");
+    free(grad);
+}
+
+static void check_gelu(const pllm_kernels *k)
+{
+    enum { N = 6007 };
+    float *x = new_floats(N), *value = new_floats(N), *slope = new_floats(N);
+    for (int i = 0; i < N; i++) /* dense near 0, to -32 and 32, and denormals of both signs */
+        x[i] = (i % 2 ? 1.0f : -1.0f) * (i < 4000 ? 0.008f * (float)i : ldexpf(1.7f, (i - 6007) / 12));
+    run_gelu(k, x, N, value, slope);
+    for (int i = 0; i < N; i++) {
+        const double cdf = 0.5 * erfc(-x[i] / sqrt(2.0)), at = x[i];
+        const double want = cdf + at * exp(-0.5 * at * at) * 0.3989422804014327;
+        CHECK(fabs(value[i] - at * cdf) <= 2e-7 * fabs(at) + 1.5e-45, "gelu(%g) is %g, not %g", at,
+              (double)value[i], at * cdf);
+        CHECK(fabs(slope[i] - want) <= 2e-7, "slope of gelu(%g) is %g, not %g", at, (double)slope[i],
+              want);
+    }
+    const float far[] = {-INFINITY, -3e38f, -1e30f, -13.0f, 13.0f, 1e30f, 3e38f, INFINITY, NAN};
+    run_gelu(k, far, 9, value, slope);
+    for (int i = 0; i < 8; i++) {
+        CHECK(i < 4 ? fabsf(value[i]) < 1e-30f : value[i] == far[i], "gelu(%g) is %g", (double)far[i],
+              (double)value[i]);
+        CHECK(i < 4 ? fabsf(slope[i]) < 1e-30f : slope[i] == 1.0f, "slope of gelu(%g) is %g",
+              (double)far[i], (double)slope[i]);
+    }
+    CHECK(isnan(value[8]) && isnan(slope[8]), "gelu(NaN) is %g, slope %g", (double)value[8],
+          (double)slope[8]);
+    free(x), free(value), free(slope);
 }
 
 /* The gradient of sum(out * grad) along a random direction of the parameters. */
@@ -156,8 +197,9 @@ static void check_case(const pllm_kernels *k, const training_case *c)
 
 void test_training(const pllm_kernels *k)
 {
-    static const int shapes[][2] = {{1, 1}, {3, 5}, {4, 16}, {8, 16}, {16, 64}};
-    for (int s = 0; s < 5; s++) {
+    static const int shapes[][2] = {{1, 1}, {2, 7}, {3, 5}, {4, 16}, {8, 16}, {16, 64}};
+    check_gelu(k);
+    for (int s = 0; s < 6; s++) {
         const int d = shapes[s][0], h = shapes[s][1];
         check_mlp_gradient(k, 37, d, h);
         for (int i = 0; i < AWKWARD_SIZES; i += 3) {

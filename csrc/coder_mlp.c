@@ -1,0 +1,263 @@
+/* coder_mlp.c - one MLP of an encoder or decoder on one unit: W2 gelu(W1 x + b1) + b2, forwards and
+ * backwards. See coder.h for the layout. */
+#include "coder.h"
+
+/* gelu(x) = x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2, and its slope Phi(x) + x phi(x).
+ *
+ * With a = |x| and m = Phi(-a) / phi(a), the Mills ratio, both need one density phi(a):
+ *     gelu = max(x, 0) - a m phi(a),   slope = (a - m) phi(a) + 1 for x >= 0, (m - a) phi(a) below.
+ * m is a quotient of polynomials (error of m phi 1e-8), independent of phi until the last step, so that
+ * the division and the exponential run side by side. phi(a) = 2^n p(r) with n + r = -a^2 log2(e) / 2,
+ * n whole and |r| <= 1/2, p a minimax polynomial (relative error 8e-8): adding `rounding` leaves n in
+ * the low bits of a float, from where a shift brings it into the exponent. NaN gives NaN. */
+PLLM_INLINE vf gelu(vf x, vf *slope)
+{
+    const vf far = vf_set1(12.5f); /* beyond it phi is below 5e-35 */
+    const vf rounding = vf_set1(12582912.0f), rate = vf_set1(-0.72134752f);
+    const vf a = vf_min(far, vf_abs(x)), square = vf_mul(a, a);
+    const vf t = vf_fma(square, rate, rounding);
+    const vf r = vf_fma(square, rate, vf_sub(rounding, t)), r2 = vf_mul(r, r);
+
+    vf over = vf_add(a, vf_set1(6.129040319720639f));
+    over = vf_fma(over, a, vf_set1(14.290408917583774f));
+    over = vf_fma(over, a, vf_set1(12.247221785446879f));
+    vf m = vf_fma(a, vf_set1(1.094055436221772f), vf_set1(5.727769414801335f));
+    m = vf_fma(m, a, vf_set1(15.405017849280608f));
+    m = vf_sub(vf_div(m, over), vf_set1(0.004523585348798761f));
+
+    vf p = vf_fma(r, vf_set1(0.0005296545628717614f), vf_set1(0.003859982521027749f));
+    p = vf_fma(p, r2, vf_fma(r, vf_set1(0.022144142123704722f), vf_set1(0.0958343922278122f)));
+    p = vf_fma(p, r2, vf_fma(r, vf_set1(0.27652563169342553f), vf_set1(0.39894230898749233f)));
+    const vf phi = vf_bits(vi_add(vi_bits(p), vi_sll(vi_bits(t), 23)));
+
+    if (slope) {
+        const vm right = vf_le(vf_zero(), x);
+        const vi flip = vi_keep(right, vi_set1(INT32_MIN));
+        const vf step = vf_bits(vi_keep(right, vi_bits(vf_set1(1.0f))));
+        *slope = vf_fma(vf_bits(vi_xor(vi_bits(vf_sub(m, a)), flip)), phi, step);
+    }
+    return vf_fnma(vf_mul(a, m), phi, vf_max(vf_zero(), x));
+}
+
+/* active = gelu(active), and its slope unless that is NULL. */
+static void gelu_block(int h, float *active, float *slope)
+{
+    if (!slope) {
+        for (int i = 0; i < h * CODER_LANES; i += VF_WIDTH)
+            vf_store(active + i, gelu(vf_load(active + i), NULL));
+        return;
+    }
+    for (int i = 0; i < h * CODER_LANES; i += VF_WIDTH) {
+        vf s;
+        vf_store(active + i, gelu(vf_load(active + i), &s));
+        vf_store(slope + i, s);
+    }
+}
+
+/* ---- products -------------------------------------------------------------------------------- */
+
+/* A matrix with its steps from one output to the next and from one input to the next. bias: one value an
+ * output, or NULL. */
+typedef struct {
+    const float *w, *bias;
+    int out_stride, in_stride;
+} matrix;
+
+/* `outs` outputs from o on, 16 lanes. */
+PLLM_INLINE void affine_tile(int outs, const matrix *m, int o, const float *in, int ins,
+                             const float *factor, float *out)
+{
+    const float *w = m->w + o * m->out_stride;
+    vf16 sum[8];
+    PLLM_UNROLL
+    for (int j = 0; j < outs; j++)
+        sum[j] = vf16_set1(m->bias ? m->bias[o + j] : 0.0f);
+    for (int i = 0; i < ins; i++) {
+        vf16 x = vf16_load(in + i * CODER_LANES);
+        PLLM_UNROLL
+        for (int j = 0; j < outs; j++)
+            sum[j] = vf16_fma(vf16_set1(w[j * m->out_stride + i * m->in_stride]), x, sum[j]);
+    }
+    PLLM_UNROLL
+    for (int j = 0; j < outs; j++) {
+        const int at = (o + j) * CODER_LANES;
+        vf16_store(out + at, factor ? vf16_mul(sum[j], vf16_load(factor + at)) : sum[j]);
+    }
+}
+
+enum { AFFINE_TILE = VF16_PARTS == 1 ? 8 : 4 };
+
+/* out = M in + bias for one block, each value times the one in factor unless that is NULL. */
+PLLM_INLINE void affine(const matrix *m, const float *in, int ins, int outs, const float *factor,
+                        float *out)
+{
+    int o = 0;
+    for (; o + AFFINE_TILE <= outs; o += AFFINE_TILE)
+        affine_tile(AFFINE_TILE, m, o, in, ins, factor, out);
+    for (; o + 2 <= outs; o += 2)
+        affine_tile(2, m, o, in, ins, factor, out);
+    if (o < outs)
+        affine_tile(1, m, o, in, ins, factor, out);
+}
+
+/* ---- gradients of the weights ---------------------------------------------------------------- */
+
+/* Channels of a unit: channel c of block b is at [(b * channels + c) * 16]. */
+typedef struct {
+    const float *values;
+    int channels;
+} channel_blocks;
+
+/* lane_grad[i * i_step + j * j_step] += sum over blocks of left[i] right[j] for a tile of `is` by `js`
+ * pairs, and, unless left_sum is NULL, left_sum[i] += sum over blocks of left[i]; the lanes of one
+ * vector. Steps are in floats. */
+PLLM_INLINE void outer_tile(int is, int js, ptrdiff_t blocks, channel_blocks left,
+                            channel_blocks right, float *lane_grad, ptrdiff_t i_step,
+                            ptrdiff_t j_step, float *left_sum)
+{
+    vf sum[2][4], total[2];
+    PLLM_UNROLL
+    for (int i = 0; i < is; i++) {
+        total[i] = left_sum ? vf_load(left_sum + i * CODER_LANES) : vf_zero();
+        PLLM_UNROLL
+        for (int j = 0; j < js; j++)
+            sum[i][j] = vf_load(lane_grad + i * i_step + j * j_step);
+    }
+    const float *l = left.values, *r = right.values;
+    for (ptrdiff_t b = 0; b < blocks; b++) {
+        vf x[2];
+        PLLM_UNROLL
+        for (int i = 0; i < is; i++) {
+            x[i] = vf_load(l + i * CODER_LANES);
+            if (left_sum)
+                total[i] = vf_add(total[i], x[i]);
+        }
+        PLLM_UNROLL
+        for (int j = 0; j < js; j++) {
+            const vf y = vf_load(r + j * CODER_LANES);
+            PLLM_UNROLL
+            for (int i = 0; i < is; i++)
+                sum[i][j] = vf_fma(x[i], y, sum[i][j]);
+        }
+        l += left.channels * CODER_LANES;
+        r += right.channels * CODER_LANES;
+    }
+    PLLM_UNROLL
+    for (int i = 0; i < is; i++) {
+        if (left_sum)
+            vf_store(left_sum + i * CODER_LANES, total[i]);
+        PLLM_UNROLL
+        for (int j = 0; j < js; j++)
+            vf_store(lane_grad + i * i_step + j * j_step, sum[i][j]);
+    }
+}
+
+/* The same for `is` channels of left and all of right. */
+PLLM_INLINE void outer_strip(int is, ptrdiff_t blocks, channel_blocks left, channel_blocks right,
+                             float *lane_grad, ptrdiff_t i_step, ptrdiff_t j_step, float *left_sum)
+{
+    const int channels = right.channels;
+    for (int j = 0; j < channels;) {
+        const int four = j + 4 <= channels;
+        const channel_blocks rest = {right.values + j * CODER_LANES, channels};
+        float *grad = lane_grad + j * j_step, *once = j ? NULL : left_sum;
+        if (four)
+            outer_tile(is, 4, blocks, left, rest, grad, i_step, j_step, once);
+        else
+            outer_tile(is, 1, blocks, left, rest, grad, i_step, j_step, once);
+        j += four ? 4 : 1;
+    }
+}
+
+/* The same for all channels and lanes. */
+PLLM_INLINE void outer(ptrdiff_t blocks, channel_blocks left, channel_blocks right,
+                       float *lane_grad, ptrdiff_t i_step, ptrdiff_t j_step, float *left_sum)
+{
+    for (int i = 0; i < left.channels;) {
+        const int two = i + 2 <= left.channels;
+        for (int part = 0; part < CODER_LANES; part += VF_WIDTH) {
+            const channel_blocks l = {left.values + i * CODER_LANES + part, left.channels};
+            const channel_blocks r = {right.values + part, right.channels};
+            float *grad = lane_grad + i * i_step + part;
+            float *total = left_sum ? left_sum + i * CODER_LANES + part : NULL;
+            if (two)
+                outer_strip(2, blocks, l, r, grad, i_step, j_step, total);
+            else
+                outer_strip(1, blocks, l, r, grad, i_step, j_step, total);
+        }
+        i += two ? 2 : 1;
+    }
+}
+
+static void sum_blocks(ptrdiff_t blocks, const float *grad, int channels, float *lane_grad)
+{
+    for (int c = 0; c < channels; c++) {
+        vf16 sum = vf16_load(lane_grad + c * CODER_LANES);
+        for (ptrdiff_t b = 0; b < blocks; b++)
+            sum = vf16_add(sum, vf16_load(grad + (b * channels + c) * CODER_LANES));
+        vf16_store(lane_grad + c * CODER_LANES, sum);
+    }
+}
+
+/* ---- the MLP --------------------------------------------------------------------------------- */
+
+PLLM_INLINE void forward(int d, int h, ptrdiff_t blocks, const float *params, const mlp_tape *tape,
+                         int train, float *out)
+{
+    const float *w1 = params, *b1 = w1 + h * d, *w2 = b1 + h, *b2 = w2 + d * h;
+    const matrix first = {w1, b1, d, 1}, second = {w2, b2, h, 1};
+    for (ptrdiff_t b = 0; b < blocks; b++) {
+        float *active = tape->active + b * h * CODER_LANES;
+        affine(&first, tape->in + b * d * CODER_LANES, d, h, NULL, active);
+        gelu_block(h, active, train ? tape->slope + b * h * CODER_LANES : NULL);
+        affine(&second, active, h, d, NULL, out + b * d * CODER_LANES);
+    }
+}
+
+PLLM_INLINE void backward(int d, int h, ptrdiff_t blocks, const float *params,
+                          const mlp_tape *tape, const float *grad_out, float *hidden,
+                          float *lane_grad, float *grad_in)
+{
+    const float *w1 = params, *w2 = w1 + h * d + h;
+    const matrix second = {w2, NULL, 1, h}, first = {w1, NULL, 1, d};
+    for (ptrdiff_t b = 0; b < blocks; b++) {
+        float *g = hidden + b * h * CODER_LANES;
+        const float *slope = tape->slope + b * h * CODER_LANES;
+        affine(&second, grad_out + b * d * CODER_LANES, d, h, slope, g);
+        if (grad_in)
+            affine(&first, g, h, d, NULL, grad_in + b * d * CODER_LANES);
+    }
+    float *g1 = lane_grad, *gb1 = g1 + h * d * CODER_LANES, *g2 = gb1 + h * CODER_LANES;
+    const channel_blocks outs = {grad_out, d}, ins = {tape->in, d};
+    outer(blocks, (channel_blocks){hidden, h}, ins, g1, d * CODER_LANES, CODER_LANES, gb1);
+    outer(blocks, (channel_blocks){tape->active, h}, outs, g2, CODER_LANES, h * CODER_LANES, NULL);
+    sum_blocks(blocks, grad_out, d, g2 + d * h * CODER_LANES);
+}
+
+/* The common sizes of a sub-vector are constants to the compiler. */
+void PLLM_SYM(coder_mlp)(int d, int h, ptrdiff_t blocks, const float *params, const mlp_tape *tape,
+                         int train, float *out)
+{
+    if (d == 2)
+        forward(2, h, blocks, params, tape, train, out);
+    else if (d == 4)
+        forward(4, h, blocks, params, tape, train, out);
+    else if (d == 8)
+        forward(8, h, blocks, params, tape, train, out);
+    else
+        forward(d, h, blocks, params, tape, train, out);
+}
+
+void PLLM_SYM(coder_mlp_backward)(int d, int h, ptrdiff_t blocks, const float *params,
+                                  const mlp_tape *tape, const float *grad_out, float *hidden,
+                                  float *lane_grad, float *grad_in)
+{
+    if (d == 2)
+        backward(2, h, blocks, params, tape, grad_out, hidden, lane_grad, grad_in);
+    else if (d == 4)
+        backward(4, h, blocks, params, tape, grad_out, hidden, lane_grad, grad_in);
+    else if (d == 8)
+        backward(8, h, blocks, params, tape, grad_out, hidden, lane_grad, grad_in);
+    else
+        backward(d, h, blocks, params, tape, grad_out, hidden, lane_grad, grad_in);
+}
