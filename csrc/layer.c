@@ -3,7 +3,7 @@
  *
  * A token's work outside the products is small, but as operators of a framework it is some seventy calls a
  * layer, which cost more than they compute. */
-#include "vexp.h"
+#include "kernel.h"
 
 #include <omp.h>
 
@@ -42,6 +42,22 @@ static void rotate(float *x, ptrdiff_t heads, ptrdiff_t width, const float *cosi
             x[half + i] = b * cosine[half + i] + a * sine[half + i];
         }
     }
+}
+
+/* exp(x) for -85 <= x <= 0, relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]. */
+PLLM_INLINE vf exp_negative(vf x)
+{
+    vf n = vf_rint(vf_mul(x, vf_set1(1.44269504f)));
+    vf r = vf_fnma(n, vf_set1(0.693359375f), x);
+    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
+    vf p = vf_set1(0.0013814539415761828f);
+    p = vf_fma(p, r, vf_set1(0.00836874544620514f));
+    p = vf_fma(p, r, vf_set1(0.04166838899254799f));
+    p = vf_fma(p, r, vf_set1(0.1666652113199234f));
+    p = vf_fma(p, r, vf_set1(0.4999999403953552f));
+    p = vf_fma(p, r, vf_set1(1.0f));
+    p = vf_fma(p, r, vf_set1(1.0f));
+    return vf_bits(vi_add(vi_bits(p), vi_sll(vi_from_f(n), 23)));
 }
 
 /* gate = gate sigmoid(gate) up.  n: a multiple of LANES. */
