@@ -65,7 +65,7 @@ static void arrange(const row_table *t, ptrdiff_t span, const int16_t *x, int16_
             memcpy(target + i * t->stride, x + i * d, (size_t)d * sizeof *x);
 }
 
-/* Whether 32 indices at once are looked up in registers: single values of 7 or 8 bits. */
+/* Whether indices are looked up in registers: single values of 7 or 8 bits. */
 static int has_planes(const row_table *t)
 {
 #if defined(PLLM_ISA_AVX2)

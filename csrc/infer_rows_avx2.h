@@ -305,7 +305,7 @@ static const row_functions fetch_functions[4][PLLM_MAX_BITS] = {{EACH_BITS(FETCH
 #undef FETCH_ENTRY
 #undef SINGLE_FUNCTIONS
 
-/* The form for each table, by measurement: look-ups in registers lose to fetching rows from d = 2 on. */
+/* The form for each table. */
 static row_functions functions_for(const row_table *t)
 {
     if (has_planes(t))
