@@ -133,6 +133,7 @@ def timed_compression(model: str, out: str, settings: dict[str, Any]) -> dict[st
     checkpoint.open_checkpoint(out, check=True)
     return {
         "phases": phases.seconds,
+        "peaks": phases.peaks,
         "wall": phases.wall,
         "cpu": phases.cpu,
         "peak": peak,
@@ -143,13 +144,15 @@ def timed_compression(model: str, out: str, settings: dict[str, Any]) -> dict[st
 
 
 class Phases:
-    """Seconds of wall and CPU time inside some functions, what they call included.
+    """Seconds of wall and CPU time inside some functions, what they call included; and the peak
+    memory at the end of those calls that raised it.
 
     The passes that measure sensitivities are counted as that and nothing else.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
+        self.peaks: dict[str, int] = {}
         self.wall = self.cpu = 0.0
         self._alone = False
 
@@ -188,6 +191,8 @@ class Phases:
             total = self.seconds.setdefault(label, [0.0, 0.0])
             total[0] += time.perf_counter() - wall
             total[1] += time.process_time() - cpu
+            if (peak := peak_memory()) > max(self.peaks.values(), default=0):
+                self.peaks[label] = peak
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -280,7 +285,8 @@ def describe(label: str, figures: dict[str, Any]) -> None:
         f"{allowed / MIB:.0f} MiB: {figures['peak'] / allowed:.2f} of that"
     )
     for name, (wall, cpu) in sorted(figures["phases"].items(), key=lambda item: -item[1][0]):
-        print(f"  {name:32s} {wall:9.2f} s wall {cpu:9.2f} s CPU")
+        raised = f"  peak {found / MIB:.0f} MiB" if (found := figures["peaks"].get(name)) else ""
+        print(f"  {name:32s} {wall:9.2f} s wall {cpu:9.2f} s CPU{raised}")
     if FORWARD in figures["phases"]:
         passes = figures["phases"][FORWARD]
         print(

@@ -38,6 +38,8 @@ Names = tuple[str, ...]
 # Rows of a matrix of second moments that one thread computes at a time. Only those on and below the
 # diagonal are computed, so that smaller blocks save more, and larger ones multiply faster.
 MOMENT_ROWS = 1024
+# Rows of a gradient that exist at a time, for each thread.
+GRADIENT_ROWS = 256
 
 
 def read_windows(
@@ -207,10 +209,7 @@ class Calibrator:
 
     def layers(self) -> Iterator[CalibratedLayer]:
         """The decoder layers in order."""
-        for window, state in enumerate(self.first_inputs()):
-            if self._hidden is None:
-                self._hidden = HiddenStates(len(self.windows), state, self._folder)
-            self._hidden[window] = state
+        self._hidden = self.first_inputs()
         for index, module in enumerate(self._layers):
             with self._weights.visit(module):
                 yield CalibratedLayer(self, index, f"{self.name}.{index}", module)
@@ -224,19 +223,29 @@ class Calibrator:
         moments = self._collect(len(self._layers), {self._names[id(head)]: head})
         return next(iter(moments.values()), None)
 
-    def first_inputs(self) -> Iterator[torch.Tensor]:
+    def first_inputs(self) -> HiddenStates:
         """Input (length, hidden) of the first layer, of every window."""
         windows = range(len(self.windows))
-        return self._each(lambda w: self._run(w, 0, None, collect=True)[0], windows)
+        return self._kept(self._each(lambda w: self._run(w, 0, None, collect=True)[0], windows))
 
-    def forward(self, index: int, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(self, index: int, states: HiddenStates) -> HiddenStates:
         """Outputs (length, hidden) of a layer for these inputs. To be asked for in order."""
         layer = self._layers[index]
         with self._weights.visit(layer), self._weights.run(layer):
-            return list(self._each(lambda w: self._run(w, index, states[w])[0], range(len(states))))
+            windows = range(len(states))
+            return self._kept(self._each(lambda w: self._run(w, index, states[w])[0], windows))
+
+    def _kept(self, states: Iterator[torch.Tensor]) -> HiddenStates:
+        kept: HiddenStates | None = None
+        for window, state in enumerate(states):
+            if kept is None:
+                kept = HiddenStates(len(self.windows), state, self._folder)
+            kept[window] = state
+        assert kept is not None  # there is a window
+        return kept
 
     def backward_head(
-        self, states: Sequence[torch.Tensor], pull: Callable[[int, torch.Tensor], torch.Tensor]
+        self, states: HiddenStates, pull: Callable[[int, torch.Tensor], torch.Tensor]
     ) -> list[torch.Tensor]:
         """Gradients (length, hidden) at the last layer's outputs.
 
@@ -268,7 +277,7 @@ class Calibrator:
             handle.remove()
 
     def backward(
-        self, index: int, states: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+        self, index: int, states: HiddenStates, gradients: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], dict[str, np.ndarray]]:
         """One layer backwards, for its inputs and the gradients at its outputs.
 
@@ -510,8 +519,8 @@ def _row_squares(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> np.ndarr
     """
     flat = [(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])) for x, g in pairs]
     sums = []
-    for first in range(0, flat[0][1].shape[1], MOMENT_ROWS):
-        rows = slice(first, first + MOMENT_ROWS)
+    for first in range(0, flat[0][1].shape[1], GRADIENT_ROWS):
+        rows = slice(first, first + GRADIENT_ROWS)
         block = sum((g[:, rows].T @ x for x, g in flat[1:]), flat[0][1][:, rows].T @ flat[0][0])
         sums.append(block.square().sum(1, dtype=torch.float64).numpy())
     return np.concatenate(sums)
@@ -553,12 +562,18 @@ class HiddenStates:
     """
 
     def __init__(self, count: int, first: torch.Tensor, folder: Path | None) -> None:
-        self._shape = first.shape
+        self._count, self._shape = count, first.shape
         self._bytes = first.numel() * 4
         self._place = folder or Path(tempfile.gettempdir())
         with writing(self._place):
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
             self._file.truncate(count * self._bytes)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return map(self.__getitem__, range(self._count))
 
     def __getitem__(self, window: int) -> torch.Tensor:
         data = bytearray(os.pread(self._file.fileno(), self._bytes, window * self._bytes))

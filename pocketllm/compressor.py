@@ -225,10 +225,10 @@ class Compression:
         arrays = self.workspace.load("sensitivities")
         if arrays is None:
             if self.config.calibration is not None:
-                windows = self._windows(sensitivity.WINDOWS)
+                windows = sensitivity.shortened(self._windows(sensitivity.WINDOWS))
             else:
                 vocabulary = self.model.get_input_embeddings().weight.shape[0]
-                length = min(sensitivity.RANDOM_LENGTH, window_length(self.model))
+                length = min(sensitivity.LENGTH, window_length(self.model))
                 windows = sensitivity.random_windows(vocabulary, length, self.config.seed)
             self._progress.step("sensitivities", self._work.sensitivity)
             with self._calibrator(windows) as calibrator:

@@ -1,7 +1,7 @@
 """Decoder layers that take one token in two calls of the kernels.
 
 While text is generated, a layer sees one token at a time. Its products aside, that is seventy small
-operators of PyTorch (norms, rotation, cache, attention, gate), which cost about a millisecond and
+operators of PyTorch (norms, rotation, cache, attention, gate), which cost half a millisecond and
 compute next to nothing. Layers of Llama, Mistral, Qwen2 and Qwen3 whose matrices are compressed do
 all of it in C. :func:`install` gives such layers a subclass of their own class that does so for one
 token of one sequence on the CPU, without gradients, and in every other case (several tokens or

@@ -9,23 +9,26 @@ few windows are enough to find that, and tokens drawn at random are nearly as go
 
 The gradient of a window's sum stands for the sum over its tokens: where tokens are drawn from the
 prediction, the gradients of different positions are uncorrelated. Layers are visited forwards, then
-backwards, one at a time; nothing depends on the number of workers.
+backwards, one at a time, and what goes from layer to layer waits in files; nothing depends on the
+number of workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from .calibrate import Calibrator
 from .layout import Target
+from .memory import give_back
 from .weights import Weights
 
-# Windows looked at, and tokens of one when there is no text to take them from.
+# Windows looked at, and tokens of one at most: what a layer computes on a window is kept until its
+# gradients are known, by every thread.
 WINDOWS = 4
-RANDOM_LENGTH = 256
+LENGTH = 256
 # Rows of a matrix that are read at a time.
 ROWS = 8192
 # Least harm, as a share of what a matrix of this size does on average: where these few tokens never
@@ -37,6 +40,12 @@ def random_windows(vocabulary: int, length: int, seed: int) -> torch.Tensor:
     """int64 (WINDOWS, length) token numbers, drawn alike from the whole vocabulary."""
     drawn = np.random.default_rng([seed, 2]).integers(0, vocabulary, (WINDOWS, length))
     return torch.from_numpy(drawn)
+
+
+def shortened(windows: torch.Tensor) -> torch.Tensor:
+    """The windows (n, length) cut into shorter ones (m, at most LENGTH); a rest is left out."""
+    length = min(LENGTH, windows.shape[1])
+    return windows[:, : windows.shape[1] // length * length].reshape(-1, length)
 
 
 def sensitivities(
@@ -60,22 +69,28 @@ def sensitivities(
     owners = {t.name: t for t in targets if not t.tied_to}
     spread = {name: _row_spread(weights, t) for name, t in owners.items()}
     found = dict.fromkeys(owners, 0.0)
-    states = [list(calibrator.first_inputs())]
+    states = [calibrator.first_inputs()]
     for index in range(len(calibrator)):
         states.append(calibrator.forward(index, states[-1]))
+        give_back()
     tied = {t.name: t.tied_to for t in targets if t.tied_to}
     head = _Head(calibrator, weights, tied, spread, seed)
-    gradients = calibrator.backward_head(states.pop(), head.pull)
+    outputs = states.pop()
+    gradients = calibrator.backward_head(outputs, head.pull)
+    outputs.close()
     for name, value in head.harm.items():
         found[name] += value
     for index in reversed(range(len(calibrator))):
-        inputs = states.pop()
-        gradients, squares = calibrator.backward(index, inputs, gradients)
+        gradients, squares = calibrator.backward(index, states[index], gradients)
+        if index > 0:
+            states.pop().close()
         for name, rows in squares.items():
             found[name] += float((rows * spread[name]).sum())
+        give_back()
     embedding = _name_of(calibrator.model, calibrator.model.get_input_embeddings())
     if embedding in owners:
-        found[embedding] += _embedding_harm(calibrator, spread[embedding], inputs, gradients)
+        found[embedding] += _embedding_harm(calibrator, spread[embedding], states[0], gradients)
+    states[0].close()
     tokens = calibrator.windows.numel()
     return _rounded({name: 0.5 * value / tokens for name, value in found.items()}, owners)
 
@@ -158,7 +173,7 @@ def _row_spread(weights: Weights, target: Target) -> np.ndarray:
 def _embedding_harm(
     calibrator: Calibrator,
     spread: np.ndarray,
-    inputs: Sequence[torch.Tensor],
+    inputs: Iterable[torch.Tensor],
     gradients: Sequence[torch.Tensor],
 ) -> float:
     """Of errors in the rows that were looked up, through the first layer's input.

@@ -10,7 +10,7 @@ from torch import nn
 
 from pocketllm.calibrate import Calibrator
 from pocketllm.layout import Target, walk
-from pocketllm.sensitivity import LEAST, random_windows, sensitivities
+from pocketllm.sensitivity import LEAST, LENGTH, random_windows, sensitivities, shortened
 from pocketllm.weights import LoadedWeights
 
 
@@ -29,7 +29,7 @@ def test_backward_is_autograd_layer_by_layer(architecture: str) -> None:
     windows = windows_of(3, 7)
     pulled = torch.randn(3, 7, model.get_output_embeddings().weight.shape[1])
     with opened(model, windows, targets) as calibrator:
-        states = [list(calibrator.first_inputs())]
+        states = [calibrator.first_inputs()]
         for index in range(len(calibrator)):
             states.append(calibrator.forward(index, states[-1]))
         gradients = calibrator.backward_head(states[-1], lambda window, x: pulled[window])
@@ -138,3 +138,12 @@ def test_workers_do_not_matter() -> None:
             found.append(sensitivities(calibrator, LoadedWeights(model), targets, 1))
     assert found[0] == found[1]
     assert all(value > 0 for value in found[0].values())
+
+
+@pytest.mark.parametrize(("length", "pieces", "kept"), [(512, 2, 256), (600, 2, 256), (40, 1, 40)])
+def test_windows_are_cut_into_shorter_ones(length: int, pieces: int, kept: int) -> None:
+    assert LENGTH == 256
+    windows = windows_of(3, length)
+    cut = shortened(windows)
+    assert cut.shape == (3 * pieces, kept)
+    assert torch.equal(cut.view(3, pieces * kept), windows[:, : pieces * kept])
