@@ -26,7 +26,8 @@ from pocketllm.checkpoint import open_checkpoint
 from pocketllm.workspace import Workspace
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
-SETTINGS = {"calibration_windows": 4, "epochs": 2}
+# Training long enough for a signal to come in time.
+SETTINGS = {"calibration_windows": 4, "epochs": 12}
 
 
 @pytest.fixture(scope="module")
