@@ -11,6 +11,7 @@ transformers.
 
 from __future__ import annotations
 
+import operator
 import sys
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ _FAMILIES = {
 }
 # In the order of enum pllm_layer_part.
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-_DTYPES = (torch.float32, torch.bfloat16)
 _CAPTURING = "transformers.utils.output_capturing"
 # What is collected of whole layers.
 _OF_LAYERS = {"hidden_states", "_hidden_states_layers"}
@@ -100,7 +100,7 @@ class OneTokenLayer(nn.Module):
             or position_embeddings is None
             or output_attentions
             or self.training
-            or x.dtype not in _DTYPES
+            or x.dtype not in ops.BY_ADDRESS
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
         ):
@@ -151,12 +151,12 @@ class OneTokenLayer(nn.Module):
         if any(map(_is_hooked, parts)) or torch_module._has_any_global_hook():
             return None
         plan: _Plan | None = self.__dict__.get("_plan")
-        if plan is not None and all(map(_is, parts, plan.parts)):
+        if plan is not None and all(map(operator.is_, parts, plan.parts)):
             arrays = [part._arrays() for part in parts[:7]]
             if (
-                all(map(_is, arrays, plan.arrays))
-                and all(map(_is, _tensors(parts), plan.tensors))
-                and _versions(plan.tensors) == plan.versions
+                all(map(operator.is_, arrays, plan.arrays))
+                and all(map(operator.is_, _tensors(parts), plan.tensors))
+                and list(map(ops.version, plan.tensors)) == plan.versions
             ):
                 return plan
         plan = self.__dict__["_plan"] = _make_plan(self, parts)
@@ -181,10 +181,6 @@ def _class_of(original: type[nn.Module]) -> type[nn.Module]:
 def _new(original: type[nn.Module]) -> nn.Module:
     module: nn.Module = object.__new__(_class_of(original))
     return module
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
 
 
 def _is_hooked(part: Any) -> bool:
@@ -246,10 +242,6 @@ def _tensors(parts: tuple[Any, ...]) -> list[Tensor | None]:
     ]
 
 
-def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
-    return [0 if t is None or t.is_inference() else t._version for t in tensors]
-
-
 def _make_plan(layer: nn.Module, parts: tuple[Any, ...]) -> _Plan | None:
     """None where a part is not what the kernels compute."""
     matrices, norms, (attention, mlp, activation) = parts[:7], parts[7:11], parts[11:]
@@ -280,4 +272,4 @@ def _make_plan(layer: nn.Module, parts: tuple[Any, ...]) -> _Plan | None:
         attention.scaling,
     )
     widths = matrices[0].out_features, matrices[1].out_features
-    return _Plan(parts, arrays, tensors, _versions(tensors), held, widths, head)
+    return _Plan(parts, arrays, tensors, list(map(ops.version, tensors)), held, widths, head)

@@ -87,7 +87,7 @@ class _Packed(nn.Module):
         """The matrix as the kernels take it, kept until one of its tensors changes."""
         own, shared = self._buffers, self.codec._buffers
         tensors = (*own.values(), *shared.values())
-        state = [0 if t is None or t.is_inference() else t._version for t in tensors]
+        state = list(map(ops.version, tensors))
         kept = self.__dict__.get("_kept")
         if kept is None or kept[1] != state or any(map(operator.is_not, kept[0], tensors)):
             kept = (tensors, state, ops.arrays_of(self.matrix()))

@@ -24,7 +24,8 @@ from .kernels import CodecView
 TILE_WEIGHTS_CPU = 1 << 20
 TILE_WEIGHTS_DEVICE = 1 << 24
 EPSILON = 1e-5
-_BY_ADDRESS = (torch.float32, torch.bfloat16)
+# What the kernels read and write by address.
+BY_ADDRESS = (torch.float32, torch.bfloat16)
 _MATRIX = (
     "Tensor weight, Tensor? scale, Tensor? shift, Tensor table, Tensor? table_scale, "
     "Tensor? decoder, int rows, int columns, int index_bits, int hidden, str norm"
@@ -160,7 +161,7 @@ def matmul_direct(x: Tensor, arrays: Arrays, bias: Tensor | None) -> Tensor:
         ValueError: x has another number of columns, or bias another length.
     """
     dtype, (*lead, columns) = x.dtype, x.shape
-    if dtype not in _BY_ADDRESS:
+    if dtype not in BY_ADDRESS:
         return matmul_direct(x.float(), arrays, bias).to(dtype)
     if columns != arrays.columns:
         raise ValueError(f"input: got {columns} features, want {arrays.columns}")
@@ -168,7 +169,7 @@ def matmul_direct(x: Tensor, arrays: Arrays, bias: Tensor | None) -> Tensor:
     if bias is not None:
         if bias.shape != (arrays.rows,):
             raise ValueError(f"bias: got shape {tuple(bias.shape)}, want ({arrays.rows},)")
-        bias = (bias if bias.dtype in _BY_ADDRESS else bias.float()).contiguous()
+        bias = (bias if bias.dtype in BY_ADDRESS else bias.float()).contiguous()
     product = x.new_empty((*lead, arrays.rows))
     kernels.matmul_at(
         arrays.held,
@@ -222,7 +223,12 @@ _codecs = _TensorCache()
 def _stamp(tensor: Tensor | None) -> tuple[int, int] | None:
     if tensor is None:
         return None
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version(tensor)
+
+
+def version(tensor: Tensor | None) -> int:
+    """Counts the changes of a tensor in place; 0 where nobody counts them."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def arrays_of(matrix: Matrix) -> Arrays:

@@ -20,7 +20,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {**_LLAMA, "tie_word_embeddings": False},
     "llama-tied": {**_LLAMA, "tie_word_embeddings": True},
     "mistral": {**_LLAMA, "tie_word_embeddings": False, "sliding_window": None},
-    "qwen2": {**_LLAMA, "hidden_size": 36, "tie_word_embeddings": False},
+    "qwen2": {**_LLAMA, "tie_word_embeddings": False},
     "qwen3": {**_LLAMA, "tie_word_embeddings": True},
     "gemma": _LLAMA,
     "phi": {**_SMALL, "hidden_size": 40, "intermediate_size": 52, "tie_word_embeddings": False},
