@@ -2,8 +2,8 @@
  * instruction set.
  *
  * A row is worked off in spans of at most 512 columns. The activations of a span become int16 with one
- * scale: the largest magnitude is 32767. Table values have eight bits, so that the dot product of a span
- * is exact in int32 (512 * 128 * 32767 < 2^31), in whatever order it is summed; the spans are added up in
+ * scale: the largest magnitude is LARGEST. Table values have eight bits, so that the dot product of a span
+ * is exact in int32 (512 * 128 * LARGEST < 2^31), in whatever order it is summed; the spans are added up in
  * float32, in their order. So no result depends on instruction set, thread count or tiling.
  * With int16, a multiplication of sixteen pairs is one instruction on AVX2, as it would be with int8,
  * whose activations would be 256 times coarser. */
@@ -18,6 +18,7 @@ enum {
     FEW_TOKENS = 16,
     TOKEN_GROUP = 16,    /* tokens that meet all rows of a tile while their span stays in cache */
     TOKEN_BLOCK = 256,   /* tokens per pass over the matrix */
+    LARGEST = 8191,      /* of an activation: halves of seven bits suit AVX2 (split_values) */
     QUANTISE_STEP = 32,  /* spans are rounded to int16 in whole vectors of every instruction set */
     DOT_ROWS = 4,        /* sums in registers: rows */
 #if defined(PLLM_ISA_AVX512)
@@ -62,8 +63,8 @@ static view view_of(const pllm_matrix *w, ptrdiff_t tokens)
 
 /* ---- activations ----------------------------------------------------------------------------- */
 
-/* q (width) = x (n) / scale, rounded, then zeros. Returns the scale: NaN, with zeros, when x holds NaN or
- * Inf, and 0 when nothing in it reaches 2^-100. */
+/* q (width) = x (n) / scale, rounded, then zeros. Returns the scale: NaN when x holds NaN or Inf, and 0 when
+ * nothing in it reaches 2^-100; q is then left as it is. */
 static float quantise(const float *x, ptrdiff_t n, ptrdiff_t width, int16_t *q)
 {
     float padded[SPAN_VALUES + QUANTISE_STEP] = {0};
@@ -81,15 +82,14 @@ static float quantise(const float *x, ptrdiff_t n, ptrdiff_t width, int16_t *q)
     vf_store(lane, peak);
     for (int i = 0; i < VF_WIDTH; i++)
         largest = lane[i] > largest ? lane[i] : largest;
-    memset(q, 0, (size_t)width * sizeof *q);
     if (!(invalid == 0.0f))
         return invalid;
     if (largest < 0x1p-100f)
         return 0.0f;
-    const vf inverse = vf_set1(32767.0f / largest);
+    const vf inverse = vf_set1((float)LARGEST / largest);
     for (ptrdiff_t i = 0; i < width; i += VF_WIDTH)
         vi_store_i16(q + i, vi_from_f(vf_mul(vf_load(padded + i), inverse)));
-    return largest / 32767.0f;
+    return largest / (float)LARGEST;
 }
 
 static void quantise_token(const view *v, const float *x, ptrdiff_t token)
@@ -99,7 +99,7 @@ static void quantise_token(const view *v, const float *x, ptrdiff_t token)
     for (ptrdiff_t s = 0; s < v->spans; s++) {
         const ptrdiff_t at = token * v->spans + s, here = smaller(values, columns - s * values);
         const float *const source = x + token * columns + s * values;
-        int16_t plain[SPAN_VALUES + QUANTISE_STEP];
+        int16_t plain[SPAN_VALUES + QUANTISE_STEP] = {0};
         v->x_scale[at] = quantise(source, here, whole, plain);
         arrange(&v->table, v->span, plain, v->x + at * v->width);
     }

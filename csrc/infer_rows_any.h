@@ -4,11 +4,13 @@
 #define PLLM_INFER_ROWS_ANY_H
 
 enum {
-    OCTET_BYTES = 16,   /* what reading eight indices may touch */
+    OCTET_BYTES = 32,   /* what reading eight indices may touch */
     TABLE_SLACK = 64,   /* bytes behind the table; 16 of them may be read */
     TARGET_SLACK = 16,  /* values behind a decoded span that may be written */
     SPAN_STEP = 32,     /* spans are padded to whole vectors of every instruction set */
-    PLANE_BYTES = 512,  /* of the tables for look-ups in registers */
+    SIXTEEN = 32,       /* bytes of a plane's sixteen values, each twice */
+    LOOKED_UP = 32,     /* indices looked up at once */
+    START = 32,         /* before a looked up span: one vector that its sums start from, and padding */
     WIDE_VALUES = 8192, /* tables up to this size are held as int16, in half a first-level cache */
     PAIRED_BITS = 12,      /* tables of pairs of codewords may have indices of so many bits */
     PAIRED_VALUES = 16384, /* and so many values */
@@ -17,9 +19,10 @@ enum {
 
 /* Rows of d values, 2^bits of them: int16 when `wide`, else int8. */
 struct row_table {
-    const char *rows;
-    const int8_t *planes; /* the same once more, for look-ups in registers; NULL where that is slower */
+    const char *rows;     /* NULL when looked_up */
+    const int8_t *planes; /* for look-ups in registers, see make_planes; NULL where that is slower */
     int d, bits, wide;
+    int looked_up; /* one token, without rows: its activations are split into bytes, see split_values */
     int stride;  /* values from row to row; zeros behind the d */
     int pairing; /* an index of this table is 2^pairing indices of the codec, side by side */
 };
@@ -27,15 +30,38 @@ struct row_table {
 /* d or the next power of two. */
 PLLM_INLINE int row_size(int d) { return d <= 2 ? d : d <= 4 ? 4 : d <= 8 ? 8 : 16; }
 
+/* Joins the table with itself as often as it pays and indices keep to max_bits, rows to max_d values and
+ * the table to max_values. */
+static void pair_up(row_table *t, ptrdiff_t indices, int max_bits, int max_d, int max_values)
+{
+    while (may_pair(t->d, t->bits, t->pairing, indices) && 2 * t->bits <= max_bits && 2 * t->d <= max_d &&
+           (2 * t->d) << (2 * t->bits) <= max_values) {
+        t->d *= 2;
+        t->bits *= 2;
+        t->pairing++;
+    }
+}
+
+/* Whether registers are the fastest place to look a token's values up in: few sixteens, few values. */
+static int is_looked_up(int d, int bits)
+{
+#if defined(PLLM_ISA_AVX2)
+    return d <= 2 ? bits <= 8 : d == 4 && bits >= 3 && bits <= 6;
+#else
+    (void)d;
+    (void)bits;
+    return 0;
+#endif
+}
+
 static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tokens)
 {
     row_table t = {.d = c->d, .bits = c->index_bits};
-    while (may_pair(t.d, t.bits, t.pairing, indices) && 2 * t.bits <= PAIRED_BITS &&
-           (2 * t.d) << (2 * t.bits) <= PAIRED_VALUES) {
-        t.d *= 2;
-        t.bits *= 2;
-        t.pairing++;
-    }
+    t.looked_up = tokens == 1 && is_looked_up(t.d, t.bits);
+    if (t.looked_up)
+        pair_up(&t, indices, 4, 4, PAIRED_VALUES); /* sixteen rows are one look-up, whatever their number */
+    else
+        pair_up(&t, indices, PAIRED_BITS, PLLM_MAX_SUBVECTOR, PAIRED_VALUES);
     t.stride = t.d;
 #if defined(PLLM_ISA_AVX2)
     if (tokens == 1) /* rows are fetched and multiplied in whole vectors */
@@ -50,13 +76,49 @@ static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tok
 /* Values of a span as it is laid out for the products. */
 static ptrdiff_t span_width(const row_table *t, ptrdiff_t span)
 {
+    if (t->looked_up)
+        return START + round_up(span, LOOKED_UP) * t->d;
     return round_up(span * t->stride, SPAN_STEP);
 }
 
-/* target (span_width) = x (span, d), as far apart as the table's rows. */
+/* Which of 32 indices is at place i once they are bytes in a vector, see indices_as_bytes: quarters 0, 2, 1
+ * and 3, or those of four bits first the even and then the odd. */
+static int index_at(int bits, int i) { return bits == 4 ? i % 16 * 2 + i / 16 : i / 8 % 2 * 16 + i / 16 * 8 + i % 8; }
+
+/* For products of unsigned with signed bytes an activation is 128 h + l with h and l in -64..64, so that
+ *     sum x w = 128 sum h (w + 128) + sum l (w + 128) - 128 sum x
+ * and no pair of products leaves int16. target (START): the last term as the first int32, zeros behind it;
+ * then for every 32 indices, and for each of their d values, 32 h and 32 l. x: zeros behind the span. */
+static void split_values(const row_table *t, ptrdiff_t span, const int16_t *x, int16_t *target)
+{
+    const int d = t->d;
+    int8_t *at = (int8_t *)(target + START);
+    ptrdiff_t place[LOOKED_UP];
+    int32_t sum = 0;
+    for (int i = 0; i < LOOKED_UP; i++)
+        place[i] = index_at(t->bits, i) * d;
+    for (ptrdiff_t i = 0; i < span * d; i++)
+        sum += x[i];
+    sum *= -128;
+    memset(target, 0, START * sizeof *target);
+    memcpy(target, &sum, sizeof sum);
+    for (ptrdiff_t first = 0; first < span; first += LOOKED_UP, x += LOOKED_UP * d)
+        for (int j = 0; j < d; j++, at += 2 * LOOKED_UP)
+            for (int i = 0; i < LOOKED_UP; i++) {
+                const int value = x[place[i] + j], high = (value + 64) >> 7;
+                at[i] = (int8_t)high;
+                at[LOOKED_UP + i] = (int8_t)(value - 128 * high);
+            }
+}
+
+/* target (span_width) = x (span, d), as far apart as the table's rows. x: zeros behind the span. */
 static void arrange(const row_table *t, ptrdiff_t span, const int16_t *x, int16_t *target)
 {
     const ptrdiff_t d = t->d;
+    if (t->looked_up) {
+        split_values(t, span, x, target);
+        return;
+    }
     memset(target, 0, (size_t)span_width(t, span) * sizeof *target);
     if (t->stride == t->d)
         memcpy(target, x, (size_t)(span * d) * sizeof *x);
@@ -65,16 +127,18 @@ static void arrange(const row_table *t, ptrdiff_t span, const int16_t *x, int16_
             memcpy(target + i * t->stride, x + i * d, (size_t)d * sizeof *x);
 }
 
-/* Whether indices are looked up in registers: single values of 7 or 8 bits. */
+/* Whether indices are looked up in registers; several tokens: single values of 7 or 8 bits. */
 static int has_planes(const row_table *t)
 {
 #if defined(PLLM_ISA_AVX2)
-    return t->d == 1 && (t->bits == 7 || t->bits == 8);
+    return t->looked_up || (t->d == 1 && (t->bits == 7 || t->bits == 8));
 #else
     (void)t;
     return 0;
 #endif
 }
+
+static int sixteens_of(const row_table *t) { return t->bits <= 4 ? 1 : 1 << (t->bits - 4); }
 
 /* Whether the codec's own table can be read as it is: nothing behind it is touched then. */
 static int is_in_place(const row_table *t, const pllm_codec *c)
@@ -86,18 +150,28 @@ static int is_in_place(const row_table *t, const pllm_codec *c)
 static size_t row_table_bytes(const row_table *t, const pllm_codec *c)
 {
     const size_t rows = ((size_t)t->stride << t->bits) * (t->wide ? 2 : 1) + TABLE_SLACK;
-    return is_in_place(t, c) ? 0 : rows + (has_planes(t) ? PLANE_BYTES : 0);
+    const size_t planes = has_planes(t) ? (size_t)(sixteens_of(t) * t->d * SIXTEEN) : 0;
+    return planes + (t->looked_up || is_in_place(t, c) ? 0 : rows);
 }
 
-/* planes (rows / 16, 32): the single values in sixteens, each twice, and combined by exclusive or with the
- * sixteen before it; those from row 128 on start anew. */
-static void make_planes(const int16_t *values, int rows, int8_t *planes)
+/* Value j of a row. An index behind the codec's table is its last row. */
+static int row_value(const pllm_codec *c, int row, int j)
 {
-    for (int row = 0; row < rows; row++) {
-        const int before = row % 128 < 16 ? 0 : values[row - 16];
-        int8_t *const at = planes + row / 16 * 32 + row % 16;
-        at[0] = at[16] = (int8_t)(values[row] ^ before);
-    }
+    const int index = row >> j / c->d * c->index_bits & ((1 << c->index_bits) - 1);
+    return ((const int8_t *)c->table)[(index < c->k ? index : c->k - 1) * c->d + j % c->d];
+}
+
+/* planes (sixteens, d, 32): value j of sixteen rows, twice, and combined by exclusive or with the sixteen
+ * before it; those from row 128 on start anew. When looked_up, with 128 added to each value. */
+static void make_planes(const row_table *t, const pllm_codec *c, int8_t *planes)
+{
+    for (int row = 0; row < 16 * sixteens_of(t); row++)
+        for (int j = 0; j < t->d; j++) {
+            const int first = t->looked_up ? -128 : 0;
+            const int before = row % 128 < 16 ? first : row_value(c, row - 16, j);
+            int8_t *const at = planes + (row / 16 * t->d + j) * SIXTEEN + row % 16;
+            at[0] = at[16] = (int8_t)(row_value(c, row, j) ^ before);
+        }
 }
 
 /* target (n) = the bytes at p, as int16 or as they are. */
@@ -119,7 +193,14 @@ static void make_rows(row_table *t, const pllm_codec *c, void *memory)
     const ptrdiff_t size = t->wide ? 2 : 1, gap = (t->stride - t->d) * size;
     char *target = memory;
     int row = 0;
-    t->rows = is_in_place(t, c) ? c->table : memory;
+    if (has_planes(t)) {
+        make_planes(t, c, memory);
+        t->planes = memory;
+        target += sixteens_of(t) * t->d * SIXTEEN;
+    }
+    if (t->looked_up)
+        return;
+    t->rows = is_in_place(t, c) ? c->table : target;
     if (t->rows == c->table)
         return;
     if (t->pairing == 0 && gap == 0) {
@@ -136,10 +217,6 @@ static void make_rows(row_table *t, const pllm_codec *c, void *memory)
         target += gap;
     }
     memset(target, 0, TABLE_SLACK);
-    if (has_planes(t)) { /* such tables are wide */
-        make_planes(memory, rows, (int8_t *)target + TABLE_SLACK);
-        t->planes = (int8_t *)target + TABLE_SLACK;
-    }
 }
 
 /* index[0..3] = half `half` of the eight indices at source. */

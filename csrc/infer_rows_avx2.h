@@ -146,23 +146,35 @@ PLLM_INLINE float dot_fetched(const row_table *table, const uint8_t *source, con
     return sum;
 }
 
-/* ---- single values: look-ups in registers ---------------------------------------------------- */
+/* ---- look-ups in registers ------------------------------------------------------------------- */
 
-/* 32 indices of 7 or 8 bits as bytes, in quarters: 0 and 2 in the lower half, 1 and 3 in the upper, so that
- * lower_half and upper_half have them in order. */
+/* 32 indices of at most 8 bits as bytes, in quarters: 0 and 2 in the lower half, 1 and 3 in the upper, so
+ * that lower_half and upper_half have them in order. Those of 4 bits: first the even, then the odd. */
 PLLM_INLINE __m256i indices_as_bytes(const uint8_t *source, int bits)
 {
     if (bits == 8)
         return _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)(const void *)source), 0xd8);
-    /* A lane of 16 bits takes the two bytes an index is in, and multiplies it up to its top. */
-    const __m256i pick = _mm256_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 7, 8, 8, 9,
-                                          9, 10, 10, 11, 11, 12, 12, 13, 13, 14);
-    const __m256i raise = _mm256_setr_epi16(512, 4, 8, 16, 32, 64, 128, 256, 512, 4, 8, 16, 32, 64, 128, 256);
+    if (bits == 4) {
+        const __m256i twice = _mm256_broadcastsi128_si256(load_16((const char *)source));
+        const __m256i even_odd = _mm256_srlv_epi64(twice, _mm256_setr_epi64x(0, 0, 4, 4));
+        return _mm256_and_si256(even_odd, _mm256_set1_epi8(15));
+    }
+    /* A lane of 16 bits takes the two bytes that index i is in, and multiplies it up to its top. */
+#define PICK(i) (char)((i) * bits / 8), (char)((i) * bits / 8 + 1)
+#define RAISE(i) (short)(1 << (16 - bits - (i) * bits % 8))
+    const __m256i pick =
+        _mm256_setr_epi8(PICK(0), PICK(1), PICK(2), PICK(3), PICK(4), PICK(5), PICK(6), PICK(7), PICK(8),
+                         PICK(9), PICK(10), PICK(11), PICK(12), PICK(13), PICK(14), PICK(15));
+    const __m256i raise =
+        _mm256_setr_epi16(RAISE(0), RAISE(1), RAISE(2), RAISE(3), RAISE(4), RAISE(5), RAISE(6), RAISE(7),
+                          RAISE(8), RAISE(9), RAISE(10), RAISE(11), RAISE(12), RAISE(13), RAISE(14), RAISE(15));
+#undef PICK
+#undef RAISE
     __m256i half[2];
     for (int h = 0; h < 2; h++) {
-        const __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)(source + 14 * h));
-        const __m256i words = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), pick);
-        half[h] = _mm256_srli_epi16(_mm256_mullo_epi16(words, raise), 9);
+        const __m256i bytes = _mm256_broadcastsi128_si256(load_16((const char *)source + 2 * bits * h));
+        const __m256i words = _mm256_shuffle_epi8(bytes, pick);
+        half[h] = _mm256_srli_epi16(_mm256_mullo_epi16(words, raise), 16 - bits);
     }
     return _mm256_packus_epi16(half[0], half[1]);
 }
@@ -170,38 +182,50 @@ PLLM_INLINE __m256i indices_as_bytes(const uint8_t *source, int bits)
 /* Keeps the compiler from computing a chain in another order, which needs more registers than there are. */
 #define IN_ORDER(vector) __asm__("" : "+x"(vector))
 
-/* value[i] = the values of 32 indices, as bytes, for `vectors` of them: 1 or 2, a constant, which share the
+enum { LOOK_UP_VECTORS = 2, LOOK_UP_VALUES = 4 /* the most of each, constants below */ };
+
+/* value[i][j] = value j of the rows of 32 indices, as bytes, for `vectors` times 32 of them, which share the
  * loads of the table. A look-up in sixteen bytes gives 0 where bit 7 of its index is set: where, by
  * subtraction, the index is below the first row of the sixteen. That leaves the sixteens up to the index's
  * own, and their exclusive or is its value (make_planes). */
-PLLM_INLINE void look_up(const int8_t *planes, const uint8_t *source, int vectors, int bits, __m256i *value)
+PLLM_INLINE void look_up(const int8_t *planes, const uint8_t *source, int vectors, int d, int bits,
+                         __m256i value[][LOOK_UP_VALUES])
 {
     const __m256i *sixteens = (const __m256i *)(const void *)planes;
-    __m256i index[2], key[2], high[2];
+    const int parts = bits <= 4 ? 1 : bits == 8 ? 8 : 1 << (bits - 4);
+    __m256i index[LOOK_UP_VECTORS], key[LOOK_UP_VECTORS], high[LOOK_UP_VECTORS][LOOK_UP_VALUES];
     PLLM_UNROLL
     for (int i = 0; i < vectors; i++) {
         index[i] = indices_as_bytes(source + 4 * bits * i, bits);
         key[i] = bits == 8 ? _mm256_and_si256(index[i], _mm256_set1_epi8(127)) : index[i];
-        value[i] = high[i] = _mm256_setzero_si256();
+        for (int j = 0; j < d; j++)
+            value[i][j] = high[i][j] = _mm256_setzero_si256();
     }
     PLLM_UNROLL
-    for (int part = 0; part < 8; part++) {
+    for (int part = 0; part < parts; part++) {
         PLLM_OPAQUE(sixteens);
-        const __m256i low_rows = _mm256_load_si256(sixteens + part);
-        const __m256i high_rows = bits == 8 ? _mm256_load_si256(sixteens + part + 8) : low_rows;
         PLLM_UNROLL
-        for (int i = 0; i < vectors; i++) {
-            value[i] = _mm256_xor_si256(value[i], _mm256_shuffle_epi8(low_rows, key[i]));
-            if (bits == 8)
-                high[i] = _mm256_xor_si256(high[i], _mm256_shuffle_epi8(high_rows, key[i]));
+        for (int j = 0; j < d; j++) {
+            const __m256i low_rows = _mm256_load_si256(sixteens + part * d + j);
+            const __m256i high_rows = bits == 8 ? _mm256_load_si256(sixteens + (part + 8) * d + j) : low_rows;
+            PLLM_UNROLL
+            for (int i = 0; i < vectors; i++) {
+                value[i][j] = _mm256_xor_si256(value[i][j], _mm256_shuffle_epi8(low_rows, key[i]));
+                IN_ORDER(value[i][j]);
+                if (bits == 8) {
+                    high[i][j] = _mm256_xor_si256(high[i][j], _mm256_shuffle_epi8(high_rows, key[i]));
+                    IN_ORDER(high[i][j]);
+                }
+            }
+        }
+        for (int i = 0; i < vectors && part + 1 < parts; i++) {
             key[i] = _mm256_sub_epi8(key[i], _mm256_set1_epi8(16));
-            IN_ORDER(value[i]);
-            IN_ORDER(high[i]);
             IN_ORDER(key[i]);
         }
     }
     for (int i = 0; i < vectors && bits == 8; i++)
-        value[i] = _mm256_blendv_epi8(value[i], high[i], index[i]);
+        for (int j = 0; j < d; j++)
+            value[i][j] = _mm256_blendv_epi8(value[i][j], high[i][j], index[i]);
 }
 
 /* Quarters 0 and 1 as int16, and 2 and 3: doubled bytes, shifted; a sign extension across the halves of a
@@ -220,46 +244,50 @@ PLLM_INLINE void decode_single(const row_table *t, const uint8_t *source, ptrdif
                                int16_t *target)
 {
     for (; octets >= 4; octets -= 4, source += 4 * bits, target += 32) {
-        __m256i value;
-        look_up(t->planes, source, 1, bits, &value);
-        _mm256_storeu_si256((__m256i *)(void *)target, lower_half(value));
-        _mm256_storeu_si256((__m256i *)(void *)(target + 16), upper_half(value));
+        __m256i value[1][LOOK_UP_VALUES];
+        look_up(t->planes, source, 1, 1, bits, value);
+        _mm256_storeu_si256((__m256i *)(void *)target, lower_half(value[0][0]));
+        _mm256_storeu_si256((__m256i *)(void *)(target + 16), upper_half(value[0][0]));
     }
     decode_plain(t, source, octets, 1, 1, target);
 }
 
-/* sum + the products of 32 values with x. */
-PLLM_INLINE __m256i add_products(__m256i sum, __m256i value, const int16_t *x)
+/* *high and *low += the products of `vectors` times 32 rows with the high and low bytes at x (split_values). */
+PLLM_INLINE void add_looked_up(const row_table *t, const uint8_t *source, const int8_t *x, int vectors, int d,
+                               int bits, __m256i *high, __m256i *low)
 {
-    const __m256i *const xs = (const __m256i *)(const void *)x;
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(lower_half(value), _mm256_loadu_si256(xs)));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(upper_half(value), _mm256_loadu_si256(xs + 1)));
+    const __m256i one = _mm256_set1_epi16(1);
+    __m256i value[LOOK_UP_VECTORS][LOOK_UP_VALUES];
+    look_up(t->planes, source, vectors, d, bits, value);
+    PLLM_UNROLL
+    for (int i = 0; i < vectors; i++)
+        for (int j = 0; j < d; j++, x += 2 * LOOKED_UP) {
+            const __m256i *const xs = (const __m256i *)(const void *)x;
+            const __m256i h = _mm256_maddubs_epi16(value[i][j], _mm256_load_si256(xs));
+            const __m256i l = _mm256_maddubs_epi16(value[i][j], _mm256_load_si256(xs + 1));
+            *high = _mm256_add_epi32(*high, _mm256_madd_epi16(h, one));
+            *low = _mm256_add_epi32(*low, _mm256_madd_epi16(l, one));
+        }
 }
 
-PLLM_INLINE float dot_single(const row_table *t, const uint8_t *source, const token_spans *token, int bits)
+/* The dot product of a row of the matrix with a token. Indices behind the row meet zeros. */
+PLLM_INLINE float dot_looked_up(const row_table *t, const uint8_t *source, const token_spans *token, int d,
+                                int bits)
 {
+    enum { BOTH = LOOK_UP_VECTORS * LOOKED_UP };
     float sum = 0.0f;
     for (ptrdiff_t s = 0; s < token->spans; s++) {
-        const int16_t *x = token->x + s * token->width;
-        ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
-        __m256i even = _mm256_setzero_si256(), odd = even, value[2];
-        for (; octets >= 8; octets -= 8, source += 8 * bits, x += 64) {
-            look_up(t->planes, source, 2, bits, value);
-            even = add_products(even, value[0], x);
-            odd = add_products(odd, value[1], x + 32);
-        }
-        for (; octets >= 4; octets -= 4, source += 4 * bits, x += 32) {
-            look_up(t->planes, source, 1, bits, value);
-            even = add_products(even, value[0], x);
-        }
-        int32_t products = sum_of_lanes(_mm256_add_epi32(even, odd));
-        for (; octets > 0; octets--, source += bits, x += OCTET) {
-            int16_t rest[OCTET];
-            decode_plain(t, source, 1, 1, 1, rest);
-            for (int i = 0; i < OCTET; i++)
-                products += rest[i] * x[i];
-        }
-        sum = fmaf(token->scale[s], (float)products, sum);
+        const int8_t *x = (const int8_t *)(token->x + s * token->width);
+        const ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
+        const uint8_t *const end = source + octets * bits, *const last = end - BOTH / OCTET * bits;
+        __m256i high = _mm256_setzero_si256(), low = _mm256_load_si256((const __m256i *)(const void *)x);
+        x += START * sizeof(int16_t);
+        for (; source <= last; source += BOTH / OCTET * bits, x += 2 * BOTH * d)
+            add_looked_up(t, source, x, LOOK_UP_VECTORS, d, bits, &high, &low);
+        for (; source < end; source += LOOKED_UP / OCTET * bits, x += 2 * LOOKED_UP * d)
+            add_looked_up(t, source, x, 1, d, bits, &high, &low);
+        source = end;
+        sum = fmaf(token->scale[s], (float)sum_of_lanes(_mm256_add_epi32(_mm256_slli_epi32(high, 7), low)), sum);
     }
     return sum;
 }
@@ -283,18 +311,32 @@ EACH_BITS(FETCH_FUNCTIONS, 4)
 EACH_BITS(FETCH_FUNCTIONS, 8)
 EACH_BITS(FETCH_FUNCTIONS, 16)
 
-#define SINGLE_FUNCTIONS(B) \
-    static void decode_1_##B(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target) \
+#define LOOK_UP_FUNCTION(D, B) \
+    static void dot_looked_up_##D##_##B(const row_table *t, const uint8_t *const *rows, \
+                                        const token_spans *token, float *dot) \
     { \
-        decode_single(t, source, octets, B, target); \
-    } \
-    static void dot_1_##B(const row_table *t, const uint8_t *const *rows, const token_spans *token, \
-                          float *dot) \
-    { \
-        dot[0] = dot_single(t, rows[0], token, B); \
+        dot[0] = dot_looked_up(t, rows[0], token, D, B); \
     }
-SINGLE_FUNCTIONS(7)
-SINGLE_FUNCTIONS(8)
+#define UP_TO_8(X, D) X(D, 1) X(D, 2) X(D, 3) X(D, 4) X(D, 5) X(D, 6) X(D, 7) X(D, 8)
+#define UP_TO_6(X, D) X(D, 1) X(D, 2) X(D, 3) X(D, 4) X(D, 5) X(D, 6)
+UP_TO_8(LOOK_UP_FUNCTION, 1)
+UP_TO_8(LOOK_UP_FUNCTION, 2)
+UP_TO_6(LOOK_UP_FUNCTION, 4)
+#define LOOK_UP_ENTRY(D, B) dot_looked_up_##D##_##B,
+static dot_fn *const look_up_functions[3][8] = {
+    {UP_TO_8(LOOK_UP_ENTRY, 1)}, {UP_TO_8(LOOK_UP_ENTRY, 2)}, {UP_TO_6(LOOK_UP_ENTRY, 4)}};
+#undef LOOK_UP_FUNCTION
+#undef LOOK_UP_ENTRY
+
+static void decode_1_7(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target)
+{
+    decode_single(t, source, octets, 7, target);
+}
+
+static void decode_1_8(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target)
+{
+    decode_single(t, source, octets, 8, target);
+}
 
 #define FETCH_ENTRY(D, B) {decode_##D##_##B, dot_##D##_##B},
 static const row_functions fetch_functions[4][PLLM_MAX_BITS] = {{EACH_BITS(FETCH_ENTRY, 2)},
@@ -303,13 +345,14 @@ static const row_functions fetch_functions[4][PLLM_MAX_BITS] = {{EACH_BITS(FETCH
                                                                 {EACH_BITS(FETCH_ENTRY, 16)}};
 #undef FETCH_FUNCTIONS
 #undef FETCH_ENTRY
-#undef SINGLE_FUNCTIONS
 
 /* The form for each table. */
 static row_functions functions_for(const row_table *t)
 {
+    if (t->looked_up)
+        return (row_functions){NULL, look_up_functions[t->d / 2][t->bits - 1]};
     if (has_planes(t))
-        return t->bits == 7 ? (row_functions){decode_1_7, dot_1_7} : (row_functions){decode_1_8, dot_1_8};
+        return (row_functions){t->bits == 7 ? decode_1_7 : decode_1_8, NULL};
     for (int kind = 0; kind < 4; kind++)
         if (t->stride == 2 << kind)
             return fetch_functions[kind][t->bits - 1];

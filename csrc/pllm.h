@@ -184,9 +184,9 @@ enum pllm_activations {
 /* y (n, out_features) = x (n, in_features) W' + bias, without ever holding W.
  * Float32: products are accumulated in float32; the error is below in_features * 2^-24 * (|x| |W|')
  * and usually near its square root.
- * Int16: each token is cut into spans of at most 512 columns; a span is rounded to multiples of a
- * 32767th of its largest magnitude and its products are summed exactly. An activation thereby moves by
- * at most 2^-15.9 of that magnitude, and one below 2^-100 may count as 0. A token with NaN or Inf in
+ * Int16: each token is cut into spans of at most 512 columns; a span is rounded to multiples of an
+ * 8191st of its largest magnitude and its products are summed exactly. An activation thereby moves by
+ * at most 2^-13.9 of that magnitude, and one below 2^-100 may count as 0. A token with NaN or Inf in
  * it gives NaN.
  * bias: (out_features) or NULL.  Returns PLLM_OK or PLLM_ENOMEM. */
 typedef int pllm_matmul_fn(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias,

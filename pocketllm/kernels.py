@@ -313,7 +313,7 @@ def matmul(
 
     W never exists whole: each thread decodes a tile of rows at a time. With ``float32`` sums are
     accumulated in float32, in an order that depends on the number of tokens alone. With ``int16``
-    and an int8 table each span of up to 512 columns of a token is rounded to multiples of a 32767th
+    and an int8 table each span of up to 512 columns of a token is rounded to multiples of an 8191st
     of its largest magnitude and multiplied exactly, in integers; other tables and decoders take
     ``float32`` in any case.
 

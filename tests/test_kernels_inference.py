@@ -148,7 +148,7 @@ def test_activations_are_chosen_by_name() -> None:
 
 
 @pytest.mark.parametrize("codec", [c for c in CODECS if c[3]], ids=str)
-def test_int16_moves_an_activation_by_a_65534th_of_its_peak(isa: str, codec: Any) -> None:
+def test_int16_moves_an_activation_by_a_16382nd_of_its_peak(isa: str, codec: Any) -> None:
     for shape in [*SHAPES, (40, 2000)]:
         matrix = Matrix(shape, codec, shift=shape[0] % 2 == 1)
         weight = matrix.twin()
@@ -156,7 +156,7 @@ def test_int16_moves_an_activation_by_a_65534th_of_its_peak(isa: str, codec: Any
         for n in (1, 2, 3, 16, 33, 300):
             x = matrix.tokens(n) * np.logspace(0, 3, shape[1], dtype=np.float32)
             size = (np.abs(weight) + 2 * shift).T
-            step = np.abs(x).max(1, keepdims=True) / 65500
+            step = np.abs(x).max(1, keepdims=True) / 16380
             bound = TOLERANCE * np.abs(x) @ size + step @ np.ones((1, shape[1])) @ size
             error = np.abs(matrix.product(x, "int16") - (x @ weight.T + matrix.bias))
             assert np.all(error <= bound + TOLERANCE * np.abs(matrix.bias)), (shape, n)
@@ -174,7 +174,7 @@ def test_int16_rounds_spans_of_columns_on_their_own() -> None:
     ).reshape(-1)
     weight = matrix.twin()
     want = x.astype(np.float64) @ weight.T
-    np.testing.assert_allclose(matrix.product(x, "int16"), want, rtol=0, atol=1e-4 * want.std())
+    np.testing.assert_allclose(matrix.product(x, "int16"), want, rtol=0, atol=5e-4 * want.std())
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
