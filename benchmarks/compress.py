@@ -355,6 +355,8 @@ def main() -> None:
         return
     if arguments.quick:
         arguments.parameters, arguments.windows = "tiny", 4
+    if arguments.scratch is not None:
+        arguments.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         scratch = Path(folder)
         figures = run(arguments, arguments.model or scratch / "model", scratch)

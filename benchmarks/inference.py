@@ -39,12 +39,13 @@ from pocketllm.schema import CodecSpec, index_bits, row_stride_bytes
 SHAPES = [
     *((8, 16), (8, 32), (8, 64), (8, 128)),
     *((4, 16), (4, 32), (4, 64), (4, 128), (4, 256), (4, 512), (4, 1024), (4, 2048), (4, 4096)),
-    *((2, 128), (2, 256), (2, 512), (2, 1024), (2, 2048), (2, 4096)),
-    *((1, 128), (1, 256)),
+    *((2, 16), (2, 32), (2, 64), (2, 128), (2, 256), (2, 512), (2, 1024), (2, 2048), (2, 4096)),
+    *((1, 16), (1, 32), (1, 64), (1, 128), (1, 256)),
     *((8, 4096), (8, 65536), (6, 4096), (3, 512)),
 ]
-MAIN = [(4, 256), (4, 4096), (8, 65536)]
-QUICK = [(8, 32), (4, 256), (4, 4096), (2, 512), (1, 256), (3, 100)]
+MAIN = [(2, 64), (4, 256), (4, 4096), (8, 65536)]
+BY_SIZE = [(4, 256), (4, 4096)]
+QUICK = [(8, 32), (4, 40), (4, 256), (4, 4096), (2, 512), (1, 256), (3, 100)]
 COLD_BYTES = 48 << 20
 # Rows x columns whose cost a weight should be alike.
 ODD_SIZES = [(rows, 4096) for rows in (511, 512, 1000, 1024, 2047, 2048, 4095, 4096, 8192)]
@@ -141,7 +142,7 @@ def scaling(
     calls, matrices = {}, []
     for rows, columns in sizes:
         x = random.standard_normal((1, columns), np.float32)
-        for shape in MAIN[:2]:
+        for shape in BY_SIZE:
             matrix = Packed(rows, columns, shape, 0)
             calls[len(matrices)] = functools.partial(matrix.product, x, activations="int16")
             matrices.append(matrix)
@@ -211,7 +212,7 @@ def plot(rows: list[dict[str, Any]], odd: list[dict[str, Any]], folder: Path) ->
     axes[0].set(xscale="log", xlabel="K", ylabel="times torch bf16, one token")
     axes[0].axhline(1, color="black", linewidth=0.8)
     for axis, key, other in ((axes[1], "rows", "columns"), (axes[2], "columns", "rows")):
-        for shape in MAIN[:2]:
+        for shape in BY_SIZE:
             line = [r for r in odd if (r["d"], r["K"]) == shape and r[other] == 4096]
             line.sort(key=lambda r: r[key])
             name = f"d = {shape[0]}, K = {shape[1]}"

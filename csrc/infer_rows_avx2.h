@@ -287,7 +287,8 @@ PLLM_INLINE float dot_looked_up(const row_table *t, const uint8_t *source, const
         for (; source < end; source += LOOKED_UP / OCTET * bits, x += 2 * LOOKED_UP * d)
             add_looked_up(t, source, x, 1, d, bits, &high, &low);
         source = end;
-        sum = fmaf(token->scale[s], (float)sum_of_lanes(_mm256_add_epi32(_mm256_slli_epi32(high, 7), low)), sum);
+        low = _mm256_add_epi32(_mm256_slli_epi32(high, 7), low);
+        sum = fmaf(token->scale[s], (float)sum_of_lanes(low), sum);
     }
     return sum;
 }
@@ -318,13 +319,14 @@ EACH_BITS(FETCH_FUNCTIONS, 16)
         dot[0] = dot_looked_up(t, rows[0], token, D, B); \
     }
 #define UP_TO_8(X, D) X(D, 1) X(D, 2) X(D, 3) X(D, 4) X(D, 5) X(D, 6) X(D, 7) X(D, 8)
-#define UP_TO_6(X, D) X(D, 1) X(D, 2) X(D, 3) X(D, 4) X(D, 5) X(D, 6)
 UP_TO_8(LOOK_UP_FUNCTION, 1)
 UP_TO_8(LOOK_UP_FUNCTION, 2)
-UP_TO_6(LOOK_UP_FUNCTION, 4)
+LOOK_UP_FUNCTION(4, 2) LOOK_UP_FUNCTION(4, 3) LOOK_UP_FUNCTION(4, 4) LOOK_UP_FUNCTION(4, 6)
 #define LOOK_UP_ENTRY(D, B) dot_looked_up_##D##_##B,
 static dot_fn *const look_up_functions[3][8] = {
-    {UP_TO_8(LOOK_UP_ENTRY, 1)}, {UP_TO_8(LOOK_UP_ENTRY, 2)}, {UP_TO_6(LOOK_UP_ENTRY, 4)}};
+    {UP_TO_8(LOOK_UP_ENTRY, 1)},
+    {UP_TO_8(LOOK_UP_ENTRY, 2)},
+    {NULL, LOOK_UP_ENTRY(4, 2) LOOK_UP_ENTRY(4, 3) LOOK_UP_ENTRY(4, 4) NULL, LOOK_UP_ENTRY(4, 6)}};
 #undef LOOK_UP_FUNCTION
 #undef LOOK_UP_ENTRY
 

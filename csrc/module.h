@@ -43,6 +43,9 @@ int pllm_in_range(const char *name, Py_ssize_t value, Py_ssize_t low, Py_ssize_t
 /* Data of an array taken above; NULL for NULL. */
 void *pllm_data(PyArrayObject *array);
 
+/* n values at an address, of bfloat16 or float32, as float32: widened into buffer, or in place. */
+const float *pllm_as_floats(const void *values, int is_bfloat16, ptrdiff_t n, float *buffer);
+
 /* Turns a kernel's status into an exception. Returns 1 for PLLM_OK, else 0 with MemoryError set. */
 int pllm_succeeded(int status);
 

@@ -115,6 +115,14 @@ int pllm_in_range(const char *name, Py_ssize_t value, Py_ssize_t low, Py_ssize_t
 
 void *pllm_data(PyArrayObject *array) { return array ? PyArray_DATA(array) : NULL; }
 
+const float *pllm_as_floats(const void *values, int is_bfloat16, ptrdiff_t n, float *buffer)
+{
+    if (!is_bfloat16)
+        return values;
+    pllm_active()->widen(values, n, buffer);
+    return buffer;
+}
+
 int pllm_succeeded(int status)
 {
     if (status == PLLM_OK)

@@ -262,30 +262,20 @@ const pllm_matrix *pllm_held_matrix(PyObject *capsule)
     return held ? &held->matrix : NULL;
 }
 
-/* n values at an address, of bfloat16 or float32: float32 in *memory, which it moves on, or in place. */
-static const float *as_floats(const void *at, int is_bfloat16, ptrdiff_t n, float **memory)
-{
-    if (!is_bfloat16)
-        return at;
-    float *const floats = *memory;
-    pllm_active()->widen(at, n, floats);
-    *memory += n;
-    return floats;
-}
-
 /* y = x W' + bias as pllm_matmul, where bfloat16 is given or wanted. */
 static int multiply(const pllm_matrix *w, const void *x, ptrdiff_t n, int x_is_bfloat16, const void *bias,
                     int bias_is_bfloat16, void *y, enum pllm_activations activations, int threads)
 {
-    const ptrdiff_t widened = (x_is_bfloat16 ? n * (w->in_features + w->out_features) : 0) +
-                              (bias_is_bfloat16 ? w->out_features : 0);
-    float *const memory = widened ? malloc((size_t)widened * sizeof *memory) : NULL;
-    float *rest = memory;
-    if (widened && !memory)
+    const ptrdiff_t x_size = x_is_bfloat16 ? n * w->in_features : 0;
+    const ptrdiff_t y_size = x_is_bfloat16 ? n * w->out_features : 0;
+    const ptrdiff_t size = x_size + y_size + (bias_is_bfloat16 ? w->out_features : 0);
+    float *const memory = size ? malloc((size_t)size * sizeof *memory) : NULL;
+    if (size && !memory)
         return PLLM_ENOMEM;
-    const float *const x_floats = as_floats(x, x_is_bfloat16, n * w->in_features, &rest);
-    const float *const bias_floats = as_floats(bias, bias_is_bfloat16, w->out_features, &rest);
-    float *const product = x_is_bfloat16 ? rest : y;
+    const float *const x_floats = pllm_as_floats(x, x_is_bfloat16, n * w->in_features, memory);
+    float *const product = x_is_bfloat16 ? memory + x_size : y;
+    const float *const bias_floats =
+        pllm_as_floats(bias, bias_is_bfloat16, w->out_features, memory + x_size + y_size);
     const int status = pllm_active()->matmul(w, x_floats, n, bias_floats, product, activations, threads);
     if (status == PLLM_OK && x_is_bfloat16)
         pllm_active()->narrow(product, n * w->out_features, y);

@@ -104,15 +104,6 @@ done:
     return capsule;
 }
 
-/* n values at an address as float32: in place, or widened into memory. */
-static const float *as_floats(const void *at, int is_bfloat16, ptrdiff_t n, float *memory)
-{
-    if (!is_bfloat16)
-        return at;
-    pllm_active()->widen(at, n, memory);
-    return memory;
-}
-
 /* layer_project with bfloat16 as it is in memory: x, cosine, sine, k and v are of one type, q is float32. */
 static int project(const pllm_layer *l, const void *x, int is_bfloat16, const void *cosine, const void *sine,
                    float *q, void *k, void *v, enum pllm_activations activations, int threads)
@@ -120,14 +111,13 @@ static int project(const pllm_layer *l, const void *x, int is_bfloat16, const vo
     const ptrdiff_t width = l->matrix[PLLM_LAYER_Q].in_features, head = l->head_width;
     const ptrdiff_t shared = l->matrix[PLLM_LAYER_K].out_features;
     const pllm_kernels *const kernels = pllm_active();
-    float *const memory =
-        is_bfloat16 ? malloc((size_t)(width + 2 * head + 2 * shared) * sizeof *memory) : NULL;
-    if (is_bfloat16 && !memory)
+    float *const memory = malloc((size_t)(width + 2 * head + 2 * shared) * sizeof *memory);
+    if (!memory)
         return PLLM_ENOMEM;
     float *const turn = memory + width, *const made = turn + 2 * head;
     const int status = kernels->layer_project(
-        l, as_floats(x, is_bfloat16, width, memory), as_floats(cosine, is_bfloat16, head, turn),
-        as_floats(sine, is_bfloat16, head, turn + head), q, is_bfloat16 ? made : k,
+        l, pllm_as_floats(x, is_bfloat16, width, memory), pllm_as_floats(cosine, is_bfloat16, head, turn),
+        pllm_as_floats(sine, is_bfloat16, head, turn + head), q, is_bfloat16 ? made : k,
         is_bfloat16 ? made + shared : v, activations, threads);
     if (is_bfloat16 && status == PLLM_OK) {
         kernels->narrow(made, shared, k);
@@ -148,7 +138,7 @@ static int finish(const pllm_layer *l, const void *x, int is_bfloat16, const flo
     if (is_bfloat16 && !memory)
         return PLLM_ENOMEM;
     float *const made = is_bfloat16 ? memory + width : y;
-    const int status = kernels->layer_finish(l, as_floats(x, is_bfloat16, width, memory), q, keys, values,
+    const int status = kernels->layer_finish(l, pllm_as_floats(x, is_bfloat16, width, memory), q, keys, values,
                                              length, is_bfloat16, made, activations, threads);
     if (is_bfloat16 && status == PLLM_OK)
         kernels->narrow(made, width, y);

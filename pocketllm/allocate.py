@@ -52,6 +52,14 @@ LADDER: tuple[Shape, ...] = (
     *(Shape(2, 2**b) for b in range(7, 13)),
     *(Shape(1, 2**b) for b in range(7, 9)),
 )
+# Tables small enough to be looked up in registers, also those of AVX2.
+FAST_LADDER: tuple[Shape, ...] = (
+    *(Shape(8, 2**b) for b in range(4, 6)),
+    *(Shape(4, 2**b) for b in range(3, 7)),
+    *(Shape(2, 2**b) for b in range(4, 8)),
+    *(Shape(1, 2**b) for b in range(4, 9)),
+)
+LADDERS = {"quality": LADDER, "speed": FAST_LADDER}
 
 
 def payload_bits(target: Target, shape: Shape, *, row_scale: bool, row_shift: bool) -> int:

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from . import __version__
-from .config import PRESETS
+from .config import PREFERENCES, PRESETS
 from .errors import PocketError
 
 DEBUG_VARIABLE = "POCKETLLM_DEBUG"
@@ -173,6 +173,11 @@ def _add_compress(commands: Any) -> None:
     )
     size.add_argument("--subvector", type=_positive, metavar="D", help="values per sub-vector")
     size.add_argument("--codebook", type=_positive, metavar="K", help="number of codewords")
+    parser.add_argument(
+        "--prefer",
+        choices=list(PREFERENCES),
+        help="speed: at the same size a faster, less exact model (default: quality)",
+    )
     parser.add_argument(
         "--method", choices=["pocket"], default="pocket", help="the codec (default: %(default)s)"
     )

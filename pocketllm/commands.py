@@ -47,7 +47,7 @@ def config_from(arguments: argparse.Namespace) -> PocketConfig:
         values = {k: v for k, v in values.items() if k not in SIZE_SETTINGS} | size
     if arguments.embeddings is not None:
         values["embeddings"] = arguments.embeddings == "on"
-    for name in ("calibration", "seed", "workers"):
+    for name in ("prefer", "calibration", "seed", "workers"):
         if getattr(arguments, name) is not None:
             values[name] = getattr(arguments, name)
     return PocketConfig.from_dict(values)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from .errors import PocketError
 
+PREFERENCES = ("quality", "speed")
 NORMS = ("input", "ln", "rln")
 SHARES = ("auto", "tensor", "type", "model")
 TABLE_DTYPES = ("auto", "int8", "float16")
@@ -41,6 +42,8 @@ class PocketConfig:
         target_size: target size of all weight files in bytes.
         subvector: d, values per sub-vector, 1 to 16.
         codebook: K, codewords, 2 to 65536.
+        prefer: what ``bits`` and ``target_size`` spend on: ``"quality"``, or ``"speed"``: of the
+            codebook shapes only those small enough to be looked up in registers.
         hidden: h, width of the codec's hidden layer (paper: 16).
         norm: ``"input"`` (RLN at the input, decoder folds to a table), ``"ln"`` (layer norm over
             the sub-vector, folds too) or ``"rln"`` (RLN inside, the published form).
@@ -74,6 +77,7 @@ class PocketConfig:
     target_size: int | None = None
     subvector: int | None = None
     codebook: int | None = None
+    prefer: str = "quality"
     hidden: int = 16
     norm: str = "input"
     share: str = "auto"
@@ -96,6 +100,7 @@ class PocketConfig:
     def __post_init__(self) -> None:
         self._check_size()
         for name, choices in (
+            ("prefer", PREFERENCES),
             ("norm", NORMS),
             ("share", SHARES),
             ("table_dtype", TABLE_DTYPES),
@@ -133,6 +138,11 @@ class PocketConfig:
         if len(given) > 1:
             raise PocketError(f"{' and '.join(given)}: these exclude each other, give one")
         if self.subvector is not None:
+            if self.prefer != "quality":
+                raise PocketError(
+                    f"prefer: {self.prefer!r} chooses codebook shapes, but subvector and codebook "
+                    f"give one: leave out either"
+                )
             _check_integer("subvector", self.subvector, 1, MAX_SUBVECTOR)
             _check_integer("codebook", self.codebook, 2, MAX_CODEBOOK)
 

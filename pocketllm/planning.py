@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .allocate import Shape, allocate, codec_bits, payload_bits
+from .allocate import LADDERS, Shape, allocate, codec_bits, payload_bits
 from .config import PocketConfig
 from .errors import PocketError
 from .layout import Dense, Target, subvector_count, walk
@@ -308,6 +308,7 @@ def _allocate(
         row_shift=config.row_shift,
         groups_of=lambda shapes: _group_names(config, owners, shapes),
         harm_of=harm_of,
+        ladder=LADDERS[config.prefer],
     )
 
 

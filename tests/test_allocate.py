@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pocketllm.allocate import (
-    LADDER,
+    LADDERS,
     Shape,
     allocate,
     codec_bits,
@@ -46,8 +46,9 @@ def total_bits(targets: list[Target], shapes: dict[str, Shape]) -> int:
     return payload + sum(codec_bits(spec_of(s)) for s in set(shapes.values()))
 
 
-@pytest.mark.parametrize("bits", [0.7, 1.1, 2.0, 2.37, 3.0, 3.4, 4.0, 5.1, 8.0])
-def test_budget_is_met_and_used(bits: float) -> None:
+@pytest.mark.parametrize("prefer", LADDERS)
+@pytest.mark.parametrize("bits", [0.8, 1.1, 2.0, 2.37, 3.0, 3.4, 4.0, 5.1, 7.5])
+def test_budget_is_met_and_used(bits: float, prefer: str) -> None:
     targets = model_targets()
     weights = sum(t.weights for t in targets)
     shapes = allocate(
@@ -55,11 +56,13 @@ def test_budget_is_met_and_used(bits: float) -> None:
         bits * weights,
         spec_of=spec_of,
         groups_of=together,
+        ladder=LADDERS[prefer],
     )
     spent = total_bits(targets, shapes) / weights
     assert spent <= bits
     assert spent > bits - 0.15
     assert shapes["head"] == shapes["embed"]
+    assert set(shapes.values()) <= set(LADDERS[prefer])
 
 
 def test_the_embedding_gets_more_bits_than_a_layer() -> None:
@@ -123,8 +126,9 @@ def test_index_bits_and_payload() -> None:
 
 
 def test_predicted_errors_fall_with_the_rate() -> None:
-    errors = [predicted_error(s) for s in sorted(LADDER, key=lambda s: s.rate)]
-    assert all(a > b for a, b in zip(errors, errors[1:], strict=False))
+    for ladder in LADDERS.values():
+        errors = [predicted_error(s) for s in sorted(ladder, key=lambda s: s.rate)]
+        assert all(a > b for a, b in zip(errors, errors[1:], strict=False))
     rng = np.random.default_rng(0)
     x = rng.standard_normal(20000)
     # Lloyd's algorithm from the best point density of a Gaussian, p^(1/3): variance 3.

@@ -175,6 +175,13 @@ def test_same_bytes_with_one_and_two_workers(
         assert digest(out) == digest(undisturbed)
 
 
+def test_speed_takes_only_tables_for_registers(job: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "fast"
+    assert cli.main(["compress", *job, str(out), "--prefer", "speed"]) == 0
+    codecs = open_checkpoint(out).layout.codecs.values()
+    assert all(c.codebook <= 256 // c.subvector for c in codecs)
+
+
 def test_target_size_is_met(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     wanted = "85kB"
