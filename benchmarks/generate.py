@@ -270,11 +270,10 @@ def main() -> None:
         for turn in range(options.rounds):
             for name, (first, tokens) in runs.items():
                 found = times.setdefault(name, {"first_token_s": [], "token_s": []})
+                of_prompt, of_tokens = first(), tokens()[1:]
                 if turn or options.rounds == 1:
-                    found["first_token_s"] += first()
-                    found["token_s"] += tokens()[1:]
-                else:
-                    tokens()
+                    found["first_token_s"] += of_prompt
+                    found["token_s"] += of_tokens
     rows = []
     for name, found in times.items():
         rows.append(

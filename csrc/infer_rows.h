@@ -43,6 +43,17 @@ typedef struct {
     dot_fn *dot; /* NULL where decoding is quicker */
 } row_functions;
 
+/* target (c->d << pairing) = a row of the codec's table joined with itself `pairing` times; an index behind
+ * the codec's table is its last row. */
+static void copy_row(const pllm_codec *c, int pairing, int row, int8_t *target)
+{
+    const int8_t *const table = c->table;
+    for (int p = 0; p < 1 << pairing; p++, target += c->d) {
+        const int index = row >> p * c->index_bits & ((1 << c->index_bits) - 1);
+        memcpy(target, table + (ptrdiff_t)(index < c->k ? index : c->k - 1) * c->d, (size_t)c->d);
+    }
+}
+
 /* What each of the two includes has: struct row_table, and for it
  *   plan_rows(codec, indices, tokens)     which form a table takes; d, bits and pairing are set
  *   row_table_bytes, make_rows            the table itself, laid out

@@ -142,7 +142,8 @@ static int has_planes(const row_table *t)
 #endif
 }
 
-static int sixteens_of(const row_table *t) { return t->bits <= 4 ? 1 : 1 << (t->bits - 4); }
+/* Sixteens of rows in a plane. */
+PLLM_INLINE int sixteens_of(int bits) { return bits <= 4 ? 1 : 1 << (bits - 4); }
 
 /* Whether the codec's own table can be read as it is: nothing behind it is touched then. */
 static int is_in_place(const row_table *t, const pllm_codec *c)
@@ -154,28 +155,26 @@ static int is_in_place(const row_table *t, const pllm_codec *c)
 static size_t row_table_bytes(const row_table *t, const pllm_codec *c)
 {
     const size_t rows = ((size_t)t->stride << t->bits) * (t->wide ? 2 : 1) + TABLE_SLACK;
-    const size_t planes = has_planes(t) ? (size_t)(sixteens_of(t) * t->d * SIXTEEN) : 0;
+    const size_t planes = has_planes(t) ? (size_t)(sixteens_of(t->bits) * t->d * SIXTEEN) : 0;
     return planes + (t->looked_up || is_in_place(t, c) ? 0 : rows);
-}
-
-/* Value j of a row. An index behind the codec's table is its last row. */
-static int row_value(const pllm_codec *c, int row, int j)
-{
-    const int index = row >> j / c->d * c->index_bits & ((1 << c->index_bits) - 1);
-    return ((const int8_t *)c->table)[(index < c->k ? index : c->k - 1) * c->d + j % c->d];
 }
 
 /* planes (sixteens, d, 32): value j of sixteen rows, twice, and combined by exclusive or with the sixteen
  * before it; those from row 128 on start anew. When looked_up, with 128 added to each value. */
 static void make_planes(const row_table *t, const pllm_codec *c, int8_t *planes)
 {
-    for (int row = 0; row < 16 * sixteens_of(t); row++)
+    for (int row = 0; row < 16 * sixteens_of(t->bits); row++) {
+        int8_t values[PLLM_MAX_SUBVECTOR], before[PLLM_MAX_SUBVECTOR];
+        copy_row(c, t->pairing, row, values);
+        if (row % 128 < 16)
+            memset(before, t->looked_up ? -128 : 0, sizeof before);
+        else
+            copy_row(c, t->pairing, row - 16, before);
         for (int j = 0; j < t->d; j++) {
-            const int first = t->looked_up ? -128 : 0;
-            const int before = row % 128 < 16 ? first : row_value(c, row - 16, j);
             int8_t *const at = planes + (row / 16 * t->d + j) * SIXTEEN + row % 16;
-            at[0] = at[16] = (int8_t)(row_value(c, row, j) ^ before);
+            at[0] = at[16] = (int8_t)(values[j] ^ before[j]);
         }
+    }
 }
 
 /* target (n) = the bytes at p, as int16 or as they are. */
@@ -188,19 +187,17 @@ PLLM_INLINE void copy_values(const int8_t *p, ptrdiff_t n, int wide, char *targe
         memcpy(target, p, (size_t)n);
 }
 
-/* Fills t->rows, in memory (row_table_bytes) or in place. An index behind the codec's table is its last
- * row. */
+/* Fills t->rows, in memory (row_table_bytes) or in place, and t->planes. */
 static void make_rows(row_table *t, const pllm_codec *c, void *memory)
 {
-    const int8_t *const table = c->table;
-    const int bits = c->index_bits, rows = 1 << t->bits, parts = 1 << t->pairing;
+    const int rows = 1 << t->bits;
     const ptrdiff_t size = t->wide ? 2 : 1, gap = (t->stride - t->d) * size;
     char *target = memory;
     int row = 0;
     if (has_planes(t)) {
         make_planes(t, c, memory);
         t->planes = memory;
-        target += sixteens_of(t) * t->d * SIXTEEN;
+        target += sixteens_of(t->bits) * t->d * SIXTEEN;
     }
     if (t->looked_up)
         return;
@@ -209,16 +206,15 @@ static void make_rows(row_table *t, const pllm_codec *c, void *memory)
         return;
     if (t->pairing == 0 && gap == 0) {
         row = c->k < rows ? c->k : rows;
-        copy_values(table, (ptrdiff_t)row * c->d, t->wide, target);
+        copy_values(c->table, (ptrdiff_t)row * c->d, t->wide, target);
         target += (ptrdiff_t)row * c->d * size;
     }
-    for (; row < rows; row++) {
-        for (int p = 0; p < parts; p++, target += c->d * size) {
-            const int index = row >> p * bits & ((1 << bits) - 1);
-            copy_values(table + (ptrdiff_t)(index < c->k ? index : c->k - 1) * c->d, c->d, t->wide, target);
-        }
+    for (; row < rows; row++, target += gap) {
+        int8_t values[PLLM_MAX_SUBVECTOR];
+        copy_row(c, t->pairing, row, values);
+        copy_values(values, t->d, t->wide, target);
+        target += t->d * size;
         memset(target, 0, (size_t)gap);
-        target += gap;
     }
     memset(target, 0, TABLE_SLACK);
 }

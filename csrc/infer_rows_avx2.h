@@ -193,7 +193,7 @@ PLLM_INLINE void look_up(const int8_t *planes, const uint8_t *source, int vector
                          __m256i value[][LOOK_UP_VALUES])
 {
     const __m256i *sixteens = (const __m256i *)(const void *)planes;
-    const int parts = bits <= 4 ? 1 : bits == 8 ? 8 : 1 << (bits - 4);
+    const int parts = bits == 8 ? sixteens_of(7) : sixteens_of(bits);
     __m256i index[LOOK_UP_VECTORS], key[LOOK_UP_VECTORS], high[LOOK_UP_VECTORS][LOOK_UP_VALUES];
     PLLM_UNROLL
     for (int i = 0; i < vectors; i++) {
@@ -294,8 +294,9 @@ PLLM_INLINE float dot_looked_up(const row_table *t, const uint8_t *source, const
     return sum;
 }
 
+#define UP_TO_8(X, D) X(D, 1) X(D, 2) X(D, 3) X(D, 4) X(D, 5) X(D, 6) X(D, 7) X(D, 8)
 #define EACH_BITS(X, D) \
-    X(D, 1) X(D, 2) X(D, 3) X(D, 4) X(D, 5) X(D, 6) X(D, 7) X(D, 8) \
+    UP_TO_8(X, D) \
     X(D, 9) X(D, 10) X(D, 11) X(D, 12) X(D, 13) X(D, 14) X(D, 15) X(D, 16)
 #define FETCH_FUNCTIONS(D, B) \
     static void decode_##D##_##B(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
@@ -319,7 +320,6 @@ EACH_BITS(FETCH_FUNCTIONS, 16)
     { \
         dot[0] = dot_looked_up(t, rows[0], token, D, B); \
     }
-#define UP_TO_8(X, D) X(D, 1) X(D, 2) X(D, 3) X(D, 4) X(D, 5) X(D, 6) X(D, 7) X(D, 8)
 UP_TO_8(LOOK_UP_FUNCTION, 1)
 UP_TO_8(LOOK_UP_FUNCTION, 2)
 LOOK_UP_FUNCTION(4, 2) LOOK_UP_FUNCTION(4, 3) LOOK_UP_FUNCTION(4, 4) LOOK_UP_FUNCTION(4, 6)

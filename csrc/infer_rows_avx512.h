@@ -85,16 +85,6 @@ static size_t row_table_bytes(const row_table *t, const pllm_codec *c)
     return is_in_place(t, c) ? 0 : (size_t)t->stride << t->bits;
 }
 
-/* target (t->d) = a row of the table; an index behind the codec's table is its last row. */
-static void copy_row(const row_table *t, const pllm_codec *c, int row, int8_t *target)
-{
-    const int8_t *const table = c->table;
-    for (int p = 0; p < 1 << t->pairing; p++, target += c->d) {
-        const int index = row >> p * c->index_bits & ((1 << c->index_bits) - 1);
-        memcpy(target, table + (ptrdiff_t)(index < c->k ? index : c->k - 1) * c->d, (size_t)c->d);
-    }
-}
-
 /* target: planes (d, 64 * vectors). Fewer than 64 rows are repeated: no bit of an index then counts
  * that is not its own. */
 static void make_planes(const row_table *t, const pllm_codec *c, int8_t *target)
@@ -102,7 +92,7 @@ static void make_planes(const row_table *t, const pllm_codec *c, int8_t *target)
     const int length = plane_vectors(t->bits) * CHUNK;
     for (int row = 0; row < length; row++) {
         int8_t values[PLLM_MAX_SUBVECTOR];
-        copy_row(t, c, row & ((1 << t->bits) - 1), values);
+        copy_row(c, t->pairing, row & ((1 << t->bits) - 1), values);
         for (int j = 0; j < t->d; j++)
             target[j * length + row] = values[j];
     }
@@ -120,7 +110,7 @@ static void make_rows(row_table *t, const pllm_codec *c, void *memory)
     else {
         memset(target, 0, row_table_bytes(t, c));
         for (int row = 0; row < 1 << t->bits; row++)
-            copy_row(t, c, row, target + (ptrdiff_t)row * t->stride);
+            copy_row(c, t->pairing, row, target + (ptrdiff_t)row * t->stride);
     }
 }
 

@@ -52,7 +52,7 @@ LADDER: tuple[Shape, ...] = (
     *(Shape(2, 2**b) for b in range(7, 13)),
     *(Shape(1, 2**b) for b in range(7, 9)),
 )
-# Tables small enough to be looked up in registers, also those of AVX2.
+# Tables small enough to be looked up in registers; some are fetched as fast, in pairs, on AVX2.
 FAST_LADDER: tuple[Shape, ...] = (
     *(Shape(8, 2**b) for b in range(4, 6)),
     *(Shape(4, 2**b) for b in range(3, 7)),
