@@ -22,9 +22,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from pocketllm import kernels
+from pocketllm.stored import with_signs
 
 ISA_FLAGS = {
     "scalar": [],
@@ -36,6 +39,27 @@ ISA_FLAGS = {
     ],
     "neon": ["-DPLLM_ISA_NEON"],
 }
+
+
+class Codebook(NamedTuple):
+    """A codebook shape, on the command line ``4x256``, or ``4x256s`` for one that is symmetric."""
+
+    d: int
+    codewords: int
+    symmetric: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Codebook:
+        """From the command line."""
+        d, codewords = text.removesuffix("s").split("x")
+        return cls(int(d), int(codewords), text.endswith("s"))
+
+    def table(self, random: np.random.Generator) -> np.ndarray:
+        """Normal int8 values (K, d), or magnitudes with all their signs."""
+        rows = self.codewords >> (self.d if self.symmetric else 0)
+        values = np.rint(random.standard_normal((rows, self.d)) * 36)
+        values = np.clip(values, -127, 127).astype(np.int8)
+        return with_signs(np.abs(values)) if self.symmetric else values
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import llama_config
+from common import Codebook, llama_config
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
@@ -52,18 +52,16 @@ def dense_model(config: LlamaConfig) -> nn.Module:
         torch.set_default_dtype(before)
 
 
-def write_compressed(folder: Path, dense: nn.Module, shape: tuple[int, int]) -> Path:
+def write_compressed(folder: Path, dense: nn.Module, shape: Codebook) -> Path:
     """The same model with every linear layer as random indices into one table."""
     random = np.random.default_rng(0)
-    subvector, codewords = shape
-    spec = CodecSpec("all", subvector, codewords, 1, "input", "table-int8")
-    values = np.clip(np.rint(random.standard_normal((codewords, subvector)) * 36), -127, 127)
-    table = {"table": values.astype(np.int8), "table_scale": np.array([1 / 36], np.float32)}
+    spec = CodecSpec("all", shape.d, shape.codewords, 1, "input", "table-int8")
+    table = {"table": shape.table(random), "table_scale": np.array([1 / 36], np.float32)}
     modules, others = [], {}
     linear = {n: m for n, m in dense.named_modules() if isinstance(m, nn.Linear)}
     for name, module in linear.items():
         rows, columns = module.weight.shape
-        size = rows * row_stride_bytes(columns, subvector, spec.index_bits)
+        size = rows * row_stride_bytes(columns, shape.d, spec.index_bits)
         scale = np.full(rows, 0.02, np.float16)
         kind = ModuleSpec(
             name, "linear", (rows, columns), "all", True, False, "bfloat16", statistics="float16"
@@ -82,12 +80,16 @@ def write_compressed(folder: Path, dense: nn.Module, shape: tuple[int, int]) -> 
 
 
 def check(model: nn.Module) -> None:
-    """One layer's product against its dequantised matrix."""
+    """One layer's product against its dequantised matrix, in both forms of activations."""
     layer = next(m for m in model.modules() if isinstance(m, PocketLinear))
     x = torch.randn(3, layer.in_features)
     want = x.double() @ layer.dequantize().double().T
-    error = (layer(x).double() - want).abs().max() / want.abs().max()
-    assert error < 1e-3, float(error)
+    before = kernels.activations()
+    for form, bound in (("float32", 1e-5), ("integer", 0.02)):
+        kernels.set_activations(form)
+        error = (layer(x).double() - want).abs().max() / want.abs().max()
+        assert error < bound, (form, float(error))
+    kernels.set_activations(before)
 
 
 Clock = Callable[[], float]
@@ -216,7 +218,11 @@ def llama_generation(model: Any, prompt: list[int], new: int, clock: Clock) -> G
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Tokens per second, compressed and dense.")
-    parser.add_argument("--shape", default="4x4096", help="codebook, d x K (3 bits by default)")
+    parser.add_argument(
+        "--shape",
+        default="4x4096",
+        help="codebook, d x K (3 bits by default); 2x64s: with all signs",
+    )
     parser.add_argument("--layers", type=int, default=SIZE[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the long prompt")
@@ -231,7 +237,7 @@ def main() -> None:
     torch.manual_seed(0)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    shape = tuple(map(int, options.shape.split("x", 1)))
+    shape = Codebook.parse(options.shape)
     prompt_length = 16 if options.quick else options.prompt
     new = 4 if options.quick else options.new
     size = QUICK if options.quick else (options.layers, *SIZE[1:])

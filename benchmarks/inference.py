@@ -1,12 +1,12 @@
 """Products with compressed matrices beside the dense ones a user would otherwise run.
 
     python benchmarks/inference.py [--threads 1] [--sizes 4096x4096,11008x4096]
-                                   [--tokens 1,4,16,128] [--shapes 4x256,4x4096]
+                                   [--tokens 1,4,16,128] [--shapes 4x256,4x256s]
                                    [--json FILE] [--plots DIR] [--quick]
 
-For every codebook shape (d x K, int8 tables) and number of tokens: milliseconds with activations
-as int16 and as float32, and how often faster than torch's bfloat16 and float32 linear on the same
-activations; for the sizes behind the first (rows x columns) of three shapes only. Weights are cold:
+For every codebook shape (d x K, int8 tables) and number of tokens: milliseconds with activations as
+integers and as float32, and how often faster than torch's bfloat16 and float32 linear on the same
+activations; for the sizes behind the first (rows x columns) of some shapes only. Weights are cold:
 the contenders take turns, and each cycles through several copies that together exceed the
 last-level cache. With one thread times are processor time, else wall time; the minimum of many.
 Before anything is timed, products are compared with those in float64.
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, compare, print_machine, print_table, write_json
+from common import Codebook, arguments, compare, print_machine, print_table, write_json
 from torch.nn import functional
 
 from pocketllm import kernels
@@ -35,36 +35,50 @@ from pocketllm.kernels import CodecView
 from pocketllm.linear import CodecBank, PocketLinear
 from pocketllm.schema import CodecSpec, index_bits, row_stride_bytes
 
-# What allocation may choose, coarsest first, then shapes that only a user asks for.
+# What allocation may choose, coarsest first, then those with all signs (s) and shapes that only a
+# user asks for.
 SHAPES = [
     *((8, 16), (8, 32), (8, 64), (8, 128)),
     *((4, 16), (4, 32), (4, 64), (4, 128), (4, 256), (4, 512), (4, 1024), (4, 2048), (4, 4096)),
     *((2, 16), (2, 32), (2, 64), (2, 128), (2, 256), (2, 512), (2, 1024), (2, 2048), (2, 4096)),
     *((1, 16), (1, 32), (1, 64), (1, 128), (1, 256)),
+    *((4, 128, True), (4, 256, True), (2, 64, True), (2, 128, True), (2, 256, True)),
+    *((1, 32, True), (1, 64, True), (1, 128, True), (1, 256, True)),
     *((8, 4096), (8, 65536), (6, 4096), (3, 512)),
 ]
-MAIN = [(2, 64), (4, 256), (4, 4096), (8, 65536)]
-BY_SIZE = [(4, 256), (4, 4096)]
-QUICK = [(8, 32), (4, 40), (4, 256), (4, 4096), (2, 512), (1, 256), (3, 100)]
+MAIN = [(4, 256), (4, 256, True), (2, 64), (2, 64, True), (4, 4096), (8, 65536)]
+BY_SIZE = [Codebook(4, 256), Codebook(4, 256, True), Codebook(4, 4096)]
+QUICK = [(8, 32), (4, 40), (4, 256), (4, 256, True), (4, 4096), (2, 512), (1, 256), (3, 100)]
 COLD_BYTES = 48 << 20
 # Rows x columns whose cost a weight should be alike.
 ODD_SIZES = [(rows, 4096) for rows in (511, 512, 1000, 1024, 2047, 2048, 4095, 4096, 8192)]
 ODD_SIZES += [(4096, n) for n in (511, 512, 513, 1000, 1024, 2047, 2048, 2049, 4095, 4097, 8192)]
-COLUMNS = ["rows", "columns", "tokens", "d", "K", "bits", "ms", "float32 ms", "x bf16", "x fp32"]
+COLUMNS = [
+    "rows",
+    "columns",
+    "tokens",
+    "d",
+    "K",
+    "signs",
+    "bits",
+    "ms",
+    "float32 ms",
+    "x bf16",
+    "x fp32",
+]
 
 
 class Packed:
     """Copies of a random compressed matrix, used in turn."""
 
-    def __init__(self, rows: int, columns: int, shape: tuple[int, int], cold: int) -> None:
-        subvector, codewords = shape
+    def __init__(self, rows: int, columns: int, shape: Codebook, cold: int) -> None:
+        subvector, codewords, _ = shape
         random = np.random.default_rng([rows, columns, *shape])
         self.shape, self.rows, self.columns = shape, rows, columns
         bits = index_bits(codewords)
         size = rows * row_stride_bytes(columns, subvector, bits)
         self.bits = 8 * size / (rows * columns)
-        table = random.integers(-127, 128, (codewords, subvector)).astype(np.int8)
-        self.codec = CodecView(subvector, codewords, bits, table, 0.01)
+        self.codec = CodecView(subvector, codewords, bits, shape.table(random), 0.01)
         self.scale = random.uniform(0.5, 1.5, rows).astype(np.float32)
         count = max(2, min(16, cold // size))
         self.turn = itertools.count()
@@ -84,8 +98,8 @@ class Packed:
                 packed, self.columns, first, part, self.codec, self.scale
             ).astype(np.float64)
             want, size = x @ weight.T, np.abs(x) @ np.abs(weight).T
-            step = np.abs(x).max(1, keepdims=True) / 65500 * np.abs(weight).sum(1)
-            for activations, bound in (("float32", 1e-6 * size), ("int16", 1e-6 * size + step)):
+            step = np.abs(x).max(1, keepdims=True) / 250 * np.abs(weight).sum(1)
+            for activations, bound in (("float32", 1e-6 * size), ("integer", 1e-6 * size + step)):
                 product = kernels.matmul(
                     x, packed, self.rows, self.codec, self.scale, activations=activations
                 )
@@ -93,9 +107,14 @@ class Packed:
                 assert np.all(error <= bound), (self.shape, activations, error.max())
 
 
+def described(shape: Codebook) -> dict[str, Any]:
+    """Columns of a table."""
+    return {"d": shape.d, "K": shape.codewords, "signs": "all" if shape.symmetric else ""}
+
+
 def measure(
     size: tuple[int, int],
-    shapes: list[tuple[int, int]],
+    shapes: list[Codebook],
     tokens: list[int],
     turns: int,
     cold: int,
@@ -118,18 +137,18 @@ def measure(
             "fp32": lambda x=x, w=wide: functional.linear(x, next(w)),
         }
         for i, matrix in enumerate(matrices):
-            for form in ("int16", "float32"):
+            for form in ("integer", "float32"):
                 contenders[i, form] = functools.partial(matrix.product, x.numpy(), activations=form)
         taken = compare(contenders, turns=max(3, turns // max(1, n // 4)), clock=clock)
         best = {name: 1e3 * timing.minimum for name, timing in taken.items()}
         for i, matrix in enumerate(matrices):
-            subvector, codewords = matrix.shape
-            row: dict[str, Any] = {"rows": rows, "columns": columns, "tokens": n, "d": subvector}
-            row |= {"K": codewords, "bits": matrix.bits, "ms": best[i, "int16"]}
+            row: dict[str, Any] = {"rows": rows, "columns": columns, "tokens": n}
+            row |= described(matrix.shape)
+            row |= {"bits": matrix.bits, "ms": best[i, "integer"]}
             row |= {"float32 ms": best[i, "float32"], "bf16 ms": best["bf16"]}
             row |= {"fp32 ms": best["fp32"]}
             for kind in ("bf16", "fp32"):
-                row[f"x {kind}"] = best[kind] / best[i, "int16"]
+                row[f"x {kind}"] = best[kind] / best[i, "integer"]
             found.append(row)
     return found
 
@@ -144,14 +163,14 @@ def scaling(
         x = random.standard_normal((1, columns), np.float32)
         for shape in BY_SIZE:
             matrix = Packed(rows, columns, shape, 0)
-            calls[len(matrices)] = functools.partial(matrix.product, x, activations="int16")
+            calls[len(matrices)] = functools.partial(matrix.product, x, activations="integer")
             matrices.append(matrix)
     found = []
     for i, timing in compare(calls, turns=turns, clock=clock).items():
         matrix = matrices[i]
         row = {"rows": matrix.rows, "columns": matrix.columns}
         cost = 1e12 * timing.minimum / (matrix.rows * matrix.columns)
-        found.append(row | {"d": matrix.shape[0], "K": matrix.shape[1], "ps a weight": cost})
+        found.append(row | described(matrix.shape) | {"ps a weight": cost})
     return found
 
 
@@ -206,16 +225,19 @@ def plot(rows: list[dict[str, Any]], odd: list[dict[str, Any]], folder: Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     first = [r for r in rows if r["tokens"] == 1 and r["rows"] == rows[0]["rows"]]
-    for d in sorted({r["d"] for r in first}):
-        line = sorted((r for r in first if r["d"] == d), key=lambda r: r["K"])
-        axes[0].plot([r["K"] for r in line], [r["x bf16"] for r in line], "o-", label=f"d = {d}")
+    for d, signs in sorted({(r["d"], r["signs"]) for r in first}):
+        line = [r for r in first if (r["d"], r["signs"]) == (d, signs)]
+        line.sort(key=lambda r: r["K"])
+        name = f"d = {d}{', all signs' if signs else ''}"
+        axes[0].plot([r["K"] for r in line], [r["x bf16"] for r in line], "o-", label=name)
     axes[0].set(xscale="log", xlabel="K", ylabel="times torch bf16, one token")
     axes[0].axhline(1, color="black", linewidth=0.8)
     for axis, key, other in ((axes[1], "rows", "columns"), (axes[2], "columns", "rows")):
         for shape in BY_SIZE:
-            line = [r for r in odd if (r["d"], r["K"]) == shape and r[other] == 4096]
+            here = described(shape)
+            line = [r for r in odd if here.items() <= r.items() and r[other] == 4096]
             line.sort(key=lambda r: r[key])
-            name = f"d = {shape[0]}, K = {shape[1]}"
+            name = f"d = {shape.d}, K = {shape.codewords}{', all signs' if shape.symmetric else ''}"
             axis.plot([r[key] for r in line], [r["ps a weight"] for r in line], "o-", label=name)
         axis.set(xlabel=key, ylabel="ps a weight, one token", ylim=(0, None))
     for axis in axes:
@@ -235,7 +257,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sizes", type=pairs, default=pairs("4096x4096,11008x4096"))
     parser.add_argument("--tokens", default="1,4,16,128")
-    parser.add_argument("--shapes", type=pairs, default=SHAPES, help="as in 4x256,8x65536")
+    parser.add_argument(
+        "--shapes",
+        type=lambda text: [Codebook.parse(shape) for shape in text.split(",")],
+        default=[Codebook(*shape) for shape in SHAPES],
+        help="as in 4x256,4x256s, s: with all signs",
+    )
     parser.add_argument("--turns", type=int, default=40, help="for one token; fewer for more")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -244,7 +271,7 @@ def main() -> None:
     sizes, shapes, cold = options.sizes, options.shapes, COLD_BYTES
     tokens, odd_sizes = [int(n) for n in options.tokens.split(",")], ODD_SIZES
     if options.quick:
-        sizes, shapes, cold, tokens = [(120, 200)], QUICK, 1 << 16, [1, 5]
+        sizes, shapes, cold, tokens = [(120, 200)], [Codebook(*s) for s in QUICK], 1 << 16, [1, 5]
         odd_sizes = [(30, 70)]
     print_machine("torch")
     report: dict[str, Any] = {"limits": limits(clock, options.quick)}

@@ -315,8 +315,8 @@ int PLLM_SYM(pllm_matmul)(const pllm_matrix *w, const float *x, ptrdiff_t n, con
 {
     if (n == 0 || w->out_features == 0)
         return PLLM_OK;
-    if (activations == PLLM_ACTIVATIONS_INT16 && w->codec->table_is_int8 && !w->codec->decoder)
-        return PLLM_SYM(infer_multiply_int16)(w, x, n, bias, y, threads);
+    if (activations == PLLM_ACTIVATIONS_INTEGER && w->codec->table_is_int8 && !w->codec->decoder)
+        return PLLM_SYM(infer_multiply_integer)(w, x, n, bias, y, threads);
     if (n <= DOT_TOKENS)
         return multiply_few(w, x, (int)n, bias, y, threads);
     return multiply_many(w, x, n, bias, y, threads);

@@ -1,12 +1,13 @@
 /* infer_int.c - activations times a compressed matrix with an int8 table, in integers. Compiled once per
  * instruction set.
  *
- * A row is worked off in spans of at most 512 columns. The activations of a span become int16 with one
- * scale: the largest magnitude is LARGEST. Table values have eight bits, so that the dot product of a span
- * is exact in int32 (512 * 128 * LARGEST < 2^31), in whatever order it is summed; the spans are added up in
- * float32, in their order. So no result depends on instruction set, thread count or tiling.
- * With several tokens int16 is as fast on AVX2 as int8 would be, whose activations would be coarser: a
- * multiplication of sixteen pairs is one instruction. */
+ * A row is worked off in spans of at most 512 columns. The activations of a span become integers with one
+ * scale: the largest magnitude is LARGEST. For tables of up to 256 codewords of 1, 2 or 4 values they are bytes,
+ * and each 32 of them have a multiplier, so that large activations do not coarsen those far from them; for
+ * other tables they are int16. Table values have eight bits, so that the dot product of a span is exact in
+ * int32 (512 * 128 * LARGEST < 2^31), in whatever order it is summed; the spans are added up in float32, in
+ * their order. So no result depends on instruction set, thread count or tiling, and a prompt's
+ * tokens give what they would give one by one. */
 #include <omp.h>
 
 #include "infer.h"
@@ -18,8 +19,9 @@ enum {
     FEW_TOKENS = 16,
     TOKEN_GROUP = 16,    /* tokens that meet all rows of a tile while their span stays in cache */
     TOKEN_BLOCK = 256,   /* tokens per pass over the matrix */
-    LARGEST = 8191,      /* of an activation: halves of seven bits suit AVX2 (split_values) */
-    QUANTISE_STEP = 32,  /* spans are rounded to int16 in whole vectors of every instruction set */
+    LARGEST_BYTE = 127,
+    LARGEST_MULTIPLIER = 257,
+    LARGEST = LARGEST_BYTE * LARGEST_MULTIPLIER, /* of an activation */
     DOT_ROWS = 4,        /* sums in registers: rows */
 #if defined(PLLM_ISA_AVX512)
     DOT_TOKENS = 4, /* times tokens; of 32 registers, and each sum waits five cycles for the one before */
@@ -63,16 +65,13 @@ static view view_of(const pllm_matrix *w, ptrdiff_t tokens)
 
 /* ---- activations ----------------------------------------------------------------------------- */
 
-/* q (width) = x (n) / scale, rounded, then zeros. Returns the scale: NaN when x holds NaN or Inf, and 0 when
- * nothing in it reaches 2^-100; q is then left as it is. */
-static float quantise(const float *x, ptrdiff_t n, ptrdiff_t width, int16_t *q)
+/* The largest magnitude among n values, a multiple of VF_WIDTH; NaN where one is NaN or infinite. */
+static float largest_of(const float *x, ptrdiff_t n)
 {
-    float padded[SPAN_VALUES + QUANTISE_STEP] = {0};
     float lane[VF_WIDTH], largest = 0.0f, invalid = 0.0f;
     vf peak = vf_zero(), zeros = vf_zero();
-    memcpy(padded, x, (size_t)n * sizeof *x);
-    for (ptrdiff_t i = 0; i < width; i += VF_WIDTH) {
-        const vf here = vf_load(padded + i);
+    for (ptrdiff_t i = 0; i < n; i += VF_WIDTH) {
+        const vf here = vf_load(x + i);
         peak = vf_max(peak, vf_abs(here));
         zeros = vf_fma(here, vf_zero(), zeros);
     }
@@ -82,26 +81,49 @@ static float quantise(const float *x, ptrdiff_t n, ptrdiff_t width, int16_t *q)
     vf_store(lane, peak);
     for (int i = 0; i < VF_WIDTH; i++)
         largest = lane[i] > largest ? lane[i] : largest;
-    if (!(invalid == 0.0f))
-        return invalid;
-    if (largest < 0x1p-100f)
-        return 0.0f;
-    const vf inverse = vf_set1((float)LARGEST / largest);
-    for (ptrdiff_t i = 0; i < width; i += VF_WIDTH)
-        vi_store_i16(q + i, vi_from_f(vf_mul(vf_load(padded + i), inverse)));
+    return invalid == 0.0f ? largest : invalid;
+}
+
+/* q = x (n) / scale, rounded, in bytes or not. Returns the scale: NaN when x holds NaN or Inf, and 0 when nothing
+ * in it reaches 2^-100; q is then left as it is. */
+static float quantise(const float *x, ptrdiff_t n, int bytes, quantised_span *q)
+{
+    float padded[SPAN_VALUES] = {0};
+    memcpy(padded, x, (size_t)n * sizeof *x);
+    const float largest = largest_of(padded, SPAN_VALUES);
+    if (!(largest >= 0x1p-100f))
+        return largest < 0x1p-100f ? 0.0f : largest;
+    const float inverse = (float)LARGEST / largest;
+    for (int b = 0; b < BLOCKS; b++) {
+        const float *const block = padded + b * BLOCK;
+        float multiplier = 1.0f;
+        if (bytes) {
+            multiplier = ceilf(largest_of(block, BLOCK) * inverse / (float)LARGEST_BYTE);
+            multiplier = fmaxf(1.0f, fminf(multiplier, (float)LARGEST_MULTIPLIER));
+        }
+        const vf factor = vf_set1(inverse / multiplier);
+        for (int i = 0; i < BLOCK; i += VF_WIDTH)
+            vi_store_i16(q->value + b * BLOCK + i, vi_from_f(vf_mul(vf_load(block + i), factor)));
+        q->multiplier[b] = (int16_t)multiplier;
+    }
     return largest / (float)LARGEST;
+}
+
+/* Those that are looked up in registers somewhere (is_looked_up), and the same wherever they run. */
+static int has_byte_activations(const pllm_codec *c)
+{
+    return c->index_bits <= 8 && (c->d <= 2 || c->d == 4);
 }
 
 static void quantise_token(const view *v, const float *x, ptrdiff_t token)
 {
+    const int bytes = has_byte_activations(v->w->codec);
     const ptrdiff_t values = v->span * v->table.d, columns = v->w->in_features;
-    const ptrdiff_t whole = round_up(values, QUANTISE_STEP);
     for (ptrdiff_t s = 0; s < v->spans; s++) {
         const ptrdiff_t at = token * v->spans + s, here = smaller(values, columns - s * values);
-        const float *const source = x + token * columns + s * values;
-        int16_t plain[SPAN_VALUES + QUANTISE_STEP] = {0};
-        v->x_scale[at] = quantise(source, here, whole, plain);
-        arrange(&v->table, v->span, plain, v->x + at * v->width);
+        quantised_span q = {{0}, {0}};
+        v->x_scale[at] = quantise(x + token * columns + s * values, here, bytes, &q);
+        arrange(&v->table, v->span, &q, v->x + at * v->width);
     }
 }
 
@@ -266,7 +288,7 @@ static size_t place(view *v, ptrdiff_t n, char *memory)
     return table + x + scales + sums + tail + OCTET_BYTES;
 }
 
-int PLLM_SYM(infer_multiply_int16)(const pllm_matrix *w, const float *x, ptrdiff_t n,
+int PLLM_SYM(infer_multiply_integer)(const pllm_matrix *w, const float *x, ptrdiff_t n,
                                    const float *bias, float *y, int threads)
 {
     view v = view_of(w, n);

@@ -8,6 +8,8 @@
 
 enum {
     SPAN_VALUES = 512, /* the most columns of a span, which have one scale */
+    BLOCK = 32,        /* columns with one multiplier, where activations are bytes */
+    BLOCKS = SPAN_VALUES / BLOCK,
     OCTET = 8,         /* indices; eight of b bits are exactly b bytes, and a span is whole octets */
     PAIR_REUSE = 8     /* how often each row of a table of pairs must be used, on average */
 };
@@ -27,6 +29,19 @@ typedef struct {
     const float *scale;
     ptrdiff_t width, spans, octets, last_octets; /* octets of a span, and of the last one */
 } token_spans;
+
+/* Activations of a span, value[i] * multiplier[i / BLOCK] times its scale: bytes times up to
+ * LARGEST_MULTIPLIER, or int16 times 1. */
+typedef struct {
+    int16_t value[SPAN_VALUES], multiplier[BLOCKS];
+} quantised_span;
+
+/* x (n) = the activations of a span as int16. */
+PLLM_INLINE void join_multipliers(const quantised_span *q, ptrdiff_t n, int16_t *x)
+{
+    for (ptrdiff_t i = 0; i < n; i++)
+        x[i] = (int16_t)(q->value[i] * q->multiplier[i / BLOCK]);
+}
 
 typedef struct row_table row_table;
 
@@ -58,7 +73,7 @@ static void copy_row(const pllm_codec *c, int pairing, int row, int8_t *target)
  *   plan_rows(codec, indices, tokens)     which form a table takes; d, bits and pairing are set
  *   row_table_bytes, make_rows            the table itself, laid out
  *   span_width(table, span)               values of a span as laid out for the products
- *   arrange(table, span, x, target)       lays it out
+ *   arrange(table, span, q, target)       lays it out
  *   functions_for(table)                  how it is read
  *   DOT_TOGETHER                          rows of the matrix that dot takes
  *   OCTET_BYTES                           what reading an octet may touch from its first byte on

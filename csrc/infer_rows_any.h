@@ -10,7 +10,6 @@ enum {
     SPAN_STEP = 32,     /* spans are padded to whole vectors of every instruction set */
     SIXTEEN = 32,       /* bytes of a plane's sixteen values, each twice */
     LOOKED_UP = 32,     /* indices looked up at once */
-    START = 32,         /* before a looked up span: one vector that its sums start from, and padding */
     WIDE_VALUES = 8192, /* tables up to this size are held as int16, in half a first-level cache */
     PAIRED_BITS = 12,      /* tables of pairs of codewords may have indices of so many bits */
     PAIRED_VALUES = 16384, /* and so many values */
@@ -22,7 +21,8 @@ struct row_table {
     const char *rows;     /* NULL when looked_up */
     const int8_t *planes; /* for look-ups in registers, see make_planes; NULL where that is slower */
     int d, bits, wide;
-    int looked_up; /* one token: no rows, and its activations are split into bytes, see split_values */
+    int looked_up; /* one token: no rows, and its activations are bytes, see arrange_bytes */
+    int symmetric; /* looked_up: the d highest bits of an index are the signs of its row's values */
     int stride;    /* values from row to row; zeros behind the d */
     int pairing;   /* an index of this table is 2^pairing indices of the codec, side by side */
 };
@@ -44,24 +44,55 @@ static void pair_up(row_table *t, ptrdiff_t indices, int max_bits, int max_d, in
 
 /* Whether registers are the fastest place to look a token's values up in: few sixteens, few values. Pairs of
  * five bits at d = 4 are fetched faster. */
-static int is_looked_up(int d, int bits)
+static int is_looked_up(int d, int bits, int symmetric)
 {
 #if defined(PLLM_ISA_AVX2)
-    return d <= 2 ? bits <= 8 : d == 4 && (bits == 3 || bits == 4 || bits == 6);
+    return d <= 2 ? bits <= 8 : d == 4 && (bits == 3 || bits == 4 || bits == 6 || (symmetric && bits <= 8));
 #else
     (void)d;
     (void)bits;
+    (void)symmetric;
     return 0;
 #endif
+}
+
+/* Whether looking up gains by it that each row is the signs of its values, negative where one of the d highest bits of its index is set,
+ * the highest for the last, times the row that the other bits name. */
+static int is_symmetric(const pllm_codec *c)
+{
+    const int8_t *const table = c->table;
+    const int base_bits = c->index_bits - c->d;
+    if (base_bits < 0 || c->index_bits <= 4 || c->index_bits > 8 || c->k != 1 << c->index_bits)
+        return 0;
+    for (int row = 0; row < c->k; row++)
+        for (int j = 0; j < c->d; j++) {
+            const int value = table[(row & ((1 << base_bits) - 1)) * c->d + j];
+            if (value < 0 || table[row * c->d + j] != (row >> (base_bits + j) & 1 ? -value : value))
+                return 0;
+        }
+    return 1;
+}
+
+/* Whether the negative of every value is a byte too. */
+static int has_negatives(const pllm_codec *c)
+{
+    const int8_t *const table = c->table;
+    int smallest = 0;
+    for (ptrdiff_t i = 0; i < (ptrdiff_t)c->k * c->d; i++)
+        smallest = table[i] < smallest ? table[i] : smallest;
+    return smallest > -128;
 }
 
 static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tokens)
 {
     row_table t = {.d = c->d, .bits = c->index_bits};
-    t.looked_up = tokens == 1 && is_looked_up(t.d, t.bits);
-    if (t.looked_up)
+    if (tokens == 1) {
+        t.symmetric = is_symmetric(c);
+        t.looked_up = is_looked_up(t.d, t.bits, t.symmetric) && has_negatives(c);
+    }
+    if (t.looked_up && !t.symmetric)
         pair_up(&t, indices, 4, 4, PAIRED_VALUES); /* sixteen rows are one look-up, whatever their number */
-    else
+    else if (!t.looked_up)
         pair_up(&t, indices, PAIRED_BITS, PLLM_MAX_SUBVECTOR, PAIRED_VALUES);
     t.stride = t.d;
 #if defined(PLLM_ISA_AVX2)
@@ -74,61 +105,55 @@ static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tok
     return t;
 }
 
+/* What 32 indices of a span take when looked_up. */
+PLLM_INLINE int looked_up_bytes(const row_table *t) { return LOOKED_UP * (1 + t->d * (t->symmetric ? 1 : 2)); }
+
 /* Values of a span as it is laid out for the products. */
 static ptrdiff_t span_width(const row_table *t, ptrdiff_t span)
 {
     if (t->looked_up)
-        return START + round_up(span, LOOKED_UP) * t->d;
+        return round_up(span, LOOKED_UP) / LOOKED_UP * looked_up_bytes(t) / (ptrdiff_t)sizeof(int16_t);
     return round_up(span * t->stride, SPAN_STEP);
 }
 
-/* Which of 32 indices is at place i once they are bytes in a vector, see indices_as_bytes: quarters 0, 2, 1
- * and 3, or those of four bits first the even and then the odd. */
+/* Which of 32 indices is at place i once they are bytes in a vector, see indices_as_bytes: in order, or
+ * quarters 0, 2, 1 and 3, or those of four bits first the even and then the odd. */
 static int index_at(int bits, int i)
 {
-    return bits == 4 ? i % 16 * 2 + i / 16 : i / 8 % 2 * 16 + i / 16 * 8 + i % 8;
+    return bits == 8 ? i : bits == 4 ? i % 16 * 2 + i / 16 : i / 8 % 2 * 16 + i / 16 * 8 + i % 8;
 }
 
-/* For products of unsigned with signed bytes an activation is 128 h + l with h and l in -64..64, so that
- *     sum x w = 128 sum h (w + 128) + sum l (w + 128) - 128 sum x
- * and no pair of products leaves int16. target (START): the last term as the first int32, zeros behind it;
- * then for every 32 indices, and for each of their d values, 32 h and 32 l. x: zeros behind the span. */
-static void split_values(const row_table *t, ptrdiff_t span, const int16_t *x, int16_t *target)
+/* target: for every 32 indices the multipliers of each two, and for each of their d values 32 bytes; unless the
+ * table is symmetric, 32 magnitudes before them. */
+static void arrange_bytes(const row_table *t, ptrdiff_t span, const quantised_span *q, int16_t *target)
 {
     const int d = t->d;
-    int8_t *at = (int8_t *)(target + START);
-    ptrdiff_t place[LOOKED_UP];
-    int32_t sum = 0;
-    for (int i = 0; i < LOOKED_UP; i++)
-        place[i] = index_at(t->bits, i) * d;
-    for (ptrdiff_t i = 0; i < span * d; i++)
-        sum += x[i];
-    sum *= -128;
-    memset(target, 0, START * sizeof *target);
-    memcpy(target, &sum, sizeof sum);
-    for (ptrdiff_t first = 0; first < span; first += LOOKED_UP, x += LOOKED_UP * d)
-        for (int j = 0; j < d; j++, at += 2 * LOOKED_UP)
-            for (int i = 0; i < LOOKED_UP; i++) {
-                const int value = x[place[i] + j], high = (value + 64) >> 7;
-                at[i] = (int8_t)high;
-                at[LOOKED_UP + i] = (int8_t)(value - 128 * high);
-            }
+    int8_t *at = (int8_t *)target;
+    for (ptrdiff_t first = 0; first < span * d; first += LOOKED_UP * d) {
+        for (int i = 0; i < LOOKED_UP; i += 2, at += sizeof(int16_t))
+            memcpy(at, &q->multiplier[(first + index_at(t->bits, i) * d) / BLOCK], sizeof(int16_t));
+        for (int j = 0; j < d; j++)
+            for (int magnitude = !t->symmetric; magnitude >= 0; magnitude--)
+                for (int i = 0; i < LOOKED_UP; i++) {
+                    const int16_t value = q->value[first + index_at(t->bits, i) * d + j];
+                    *at++ = (int8_t)(magnitude ? abs(value) : value);
+                }
+    }
 }
 
-/* target (span_width) = x (span, d), as far apart as the table's rows. x: zeros behind the span. */
-static void arrange(const row_table *t, ptrdiff_t span, const int16_t *x, int16_t *target)
+/* target (span_width) = the activations of a span, as far apart as the table's rows. */
+static void arrange(const row_table *t, ptrdiff_t span, const quantised_span *q, int16_t *target)
 {
     const ptrdiff_t d = t->d;
+    int16_t x[SPAN_VALUES];
     if (t->looked_up) {
-        split_values(t, span, x, target);
+        arrange_bytes(t, span, q, target);
         return;
     }
+    join_multipliers(q, span * d, x);
     memset(target, 0, (size_t)span_width(t, span) * sizeof *target);
-    if (t->stride == t->d)
-        memcpy(target, x, (size_t)(span * d) * sizeof *x);
-    else
-        for (ptrdiff_t i = 0; i < span; i++)
-            memcpy(target + i * t->stride, x + i * d, (size_t)d * sizeof *x);
+    for (ptrdiff_t i = 0; i < span; i++)
+        memcpy(target + i * t->stride, x + i * d, (size_t)d * sizeof *x);
 }
 
 /* Whether indices are looked up in registers; several tokens: single values of 7 or 8 bits. */
@@ -141,6 +166,9 @@ static int has_planes(const row_table *t)
     return 0;
 #endif
 }
+
+/* Bits of an index that name a row of the planes; signs are not in them. */
+PLLM_INLINE int row_bits(const row_table *t) { return t->symmetric ? t->bits - t->d : t->bits; }
 
 /* Sixteens of rows in a plane. */
 PLLM_INLINE int sixteens_of(int bits) { return bits <= 4 ? 1 : 1 << (bits - 4); }
@@ -155,20 +183,18 @@ static int is_in_place(const row_table *t, const pllm_codec *c)
 static size_t row_table_bytes(const row_table *t, const pllm_codec *c)
 {
     const size_t rows = ((size_t)t->stride << t->bits) * (t->wide ? 2 : 1) + TABLE_SLACK;
-    const size_t planes = has_planes(t) ? (size_t)(sixteens_of(t->bits) * t->d * SIXTEEN) : 0;
+    const size_t planes = has_planes(t) ? (size_t)(sixteens_of(row_bits(t)) * t->d * SIXTEEN) : 0;
     return planes + (t->looked_up || is_in_place(t, c) ? 0 : rows);
 }
 
 /* planes (sixteens, d, 32): value j of sixteen rows, twice, and combined by exclusive or with the sixteen
- * before it; those from row 128 on start anew. When looked_up, with 128 added to each value. */
+ * before it; those from row 128 on start anew. Fewer rows than sixteen are repeated. */
 static void make_planes(const row_table *t, const pllm_codec *c, int8_t *planes)
 {
-    for (int row = 0; row < 16 * sixteens_of(t->bits); row++) {
-        int8_t values[PLLM_MAX_SUBVECTOR], before[PLLM_MAX_SUBVECTOR];
-        copy_row(c, t->pairing, row, values);
-        if (row % 128 < 16)
-            memset(before, t->looked_up ? -128 : 0, sizeof before);
-        else
+    for (int row = 0; row < 16 * sixteens_of(row_bits(t)); row++) {
+        int8_t values[PLLM_MAX_SUBVECTOR], before[PLLM_MAX_SUBVECTOR] = {0};
+        copy_row(c, t->pairing, row & ((1 << row_bits(t)) - 1), values);
+        if (row % 128 >= 16)
             copy_row(c, t->pairing, row - 16, before);
         for (int j = 0; j < t->d; j++) {
             int8_t *const at = planes + (row / 16 * t->d + j) * SIXTEEN + row % 16;
@@ -197,7 +223,7 @@ static void make_rows(row_table *t, const pllm_codec *c, void *memory)
     if (has_planes(t)) {
         make_planes(t, c, memory);
         t->planes = memory;
-        target += sixteens_of(t->bits) * t->d * SIXTEEN;
+        target += sixteens_of(row_bits(t)) * t->d * SIXTEEN;
     }
     if (t->looked_up)
         return;

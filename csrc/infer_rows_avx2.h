@@ -149,12 +149,12 @@ PLLM_INLINE float dot_fetched(const row_table *table, const uint8_t *source, con
 
 /* ---- look-ups in registers ------------------------------------------------------------------- */
 
-/* 32 indices of at most 8 bits as bytes, in quarters: 0 and 2 in the lower half, 1 and 3 in the upper, so
- * that lower_half and upper_half have them in order. Those of 4 bits: first the even, then the odd. */
+/* 32 indices of at most 8 bits as bytes, in quarters: 0 and 2 in the lower half, 1 and 3 in the upper. Those of
+ * 4 bits: first the even, then the odd; those of 8 bits in order. */
 PLLM_INLINE __m256i indices_as_bytes(const uint8_t *source, int bits)
 {
     if (bits == 8)
-        return _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)(const void *)source), 0xd8);
+        return _mm256_loadu_si256((const __m256i *)(const void *)source);
     if (bits == 4) {
         const __m256i twice = _mm256_broadcastsi128_si256(load_16((const char *)source));
         const __m256i even_odd = _mm256_srlv_epi64(twice, _mm256_setr_epi64x(0, 0, 4, 4));
@@ -189,15 +189,14 @@ enum { LOOK_UP_VECTORS = 2, LOOK_UP_VALUES = 4 /* the most of each, constants be
  * loads of the table. A look-up in sixteen bytes gives 0 where bit 7 of its index is set: where, by
  * subtraction, the index is below the first row of the sixteen. That leaves the sixteens up to the index's
  * own, and their exclusive or is its value (make_planes). */
-PLLM_INLINE void look_up(const int8_t *planes, const uint8_t *source, int vectors, int d, int bits,
+PLLM_INLINE void look_up(const int8_t *planes, const __m256i *index, int vectors, int d, int bits,
                          __m256i value[][LOOK_UP_VALUES])
 {
     const __m256i *sixteens = (const __m256i *)(const void *)planes;
     const int parts = bits == 8 ? sixteens_of(7) : sixteens_of(bits);
-    __m256i index[LOOK_UP_VECTORS], key[LOOK_UP_VECTORS], high[LOOK_UP_VECTORS][LOOK_UP_VALUES];
+    __m256i key[LOOK_UP_VECTORS], high[LOOK_UP_VECTORS][LOOK_UP_VALUES];
     PLLM_UNROLL
     for (int i = 0; i < vectors; i++) {
-        index[i] = indices_as_bytes(source + 4 * bits * i, bits);
         key[i] = bits == 8 ? _mm256_and_si256(index[i], _mm256_set1_epi8(127)) : index[i];
         for (int j = 0; j < d; j++)
             value[i][j] = high[i][j] = _mm256_setzero_si256();
@@ -245,56 +244,81 @@ PLLM_INLINE void decode_single(const row_table *t, const uint8_t *source, ptrdif
                                int16_t *target)
 {
     for (; octets >= 4; octets -= 4, source += 4 * bits, target += 32) {
-        __m256i value[1][LOOK_UP_VALUES];
-        look_up(t->planes, source, 1, 1, bits, value);
+        __m256i value[1][LOOK_UP_VALUES], index = indices_as_bytes(source, bits);
+        if (bits == 8)
+            index = _mm256_permute4x64_epi64(index, 0xd8);
+        look_up(t->planes, &index, 1, 1, bits, value);
         _mm256_storeu_si256((__m256i *)(void *)target, lower_half(value[0][0]));
         _mm256_storeu_si256((__m256i *)(void *)(target + 16), upper_half(value[0][0]));
     }
     decode_plain(t, source, octets, 1, 1, target);
 }
 
-/* *high and *low += the products of `vectors` times 32 rows with the high and low bytes at x (split_values). */
-PLLM_INLINE void add_looked_up(const row_table *t, const uint8_t *source, const int8_t *x, int vectors, int d,
-                               int bits, __m256i *high, __m256i *low)
+/* sign[i] = a byte other than zero, negative where the given bit of its index is set. */
+PLLM_INLINE __m256i signs_of(__m256i index, int bit)
 {
-    const __m256i one = _mm256_set1_epi16(1);
-    __m256i value[LOOK_UP_VECTORS][LOOK_UP_VALUES];
-    look_up(t->planes, source, vectors, d, bits, value);
-    PLLM_UNROLL
-    for (int i = 0; i < vectors; i++)
-        for (int j = 0; j < d; j++, x += 2 * LOOKED_UP) {
-            const __m256i *const xs = (const __m256i *)(const void *)x;
-            const __m256i h = _mm256_maddubs_epi16(value[i][j], _mm256_load_si256(xs));
-            const __m256i l = _mm256_maddubs_epi16(value[i][j], _mm256_load_si256(xs + 1));
-            *high = _mm256_add_epi32(*high, _mm256_madd_epi16(h, one));
-            *low = _mm256_add_epi32(*low, _mm256_madd_epi16(l, one));
-        }
+    return _mm256_or_si256(_mm256_slli_epi16(index, 7 - bit), _mm256_set1_epi8(1));
 }
 
-/* The dot product of a row of the matrix with a token. Indices behind the row meet zeros. */
-PLLM_INLINE float dot_looked_up(const row_table *t, const uint8_t *source, const token_spans *token, int d,
-                                int bits)
+/* sum + the products of `vectors` times 32 rows with the bytes at x (arrange_bytes). A product of bytes is that
+ * of an unsigned with a signed one: of a magnitude with what got its sign, so that pairs stay in int16. */
+PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, const int8_t *x, int vectors, int d,
+                                  int bits, int symmetric, __m256i sum)
 {
-    enum { BOTH = LOOK_UP_VECTORS * LOOKED_UP };
-    float sum = 0.0f;
-    for (ptrdiff_t s = 0; s < token->spans; s++) {
-        const int8_t *x = (const int8_t *)(token->x + s * token->width);
-        const ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
-        const uint8_t *const end = source + octets * bits, *const last = end - BOTH / OCTET * bits;
-        __m256i high = _mm256_setzero_si256(), low = _mm256_load_si256((const __m256i *)(const void *)x);
-        x += START * sizeof(int16_t);
-        for (; source <= last; source += BOTH / OCTET * bits, x += 2 * BOTH * d)
-            add_looked_up(t, source, x, LOOK_UP_VECTORS, d, bits, &high, &low);
-        for (; source < end; source += LOOKED_UP / OCTET * bits, x += 2 * LOOKED_UP * d)
-            add_looked_up(t, source, x, 1, d, bits, &high, &low);
-        source = end;
-        low = _mm256_add_epi32(_mm256_slli_epi32(high, 7), low);
-        sum = fmaf(token->scale[s], (float)sum_of_lanes(low), sum);
+    const __m256i *xs = (const __m256i *)(const void *)x;
+    const int base_bits = symmetric ? bits - d : bits;
+    __m256i index[LOOK_UP_VECTORS], row[LOOK_UP_VECTORS], value[LOOK_UP_VECTORS][LOOK_UP_VALUES];
+    PLLM_UNROLL
+    for (int i = 0; i < vectors; i++) {
+        row[i] = index[i] = indices_as_bytes(source + LOOKED_UP / OCTET * bits * i, bits);
+        if (symmetric && (base_bits > 4 || bits == 8)) /* a look-up in one sixteen heeds bits 0 to 3 and 7 */
+            row[i] = _mm256_and_si256(index[i], _mm256_set1_epi8((char)((1 << (base_bits > 4 ? base_bits : 4)) - 1)));
+    }
+    look_up(t->planes, row, vectors, d, base_bits, value);
+    PLLM_UNROLL
+    for (int i = 0; i < vectors; i++) {
+        const __m256i multiplier = _mm256_load_si256(xs++);
+        PLLM_UNROLL
+        for (int j = 0; j < d; j++) {
+            __m256i products;
+            if (symmetric) {
+                const __m256i signs = signs_of(index[i], base_bits + j);
+                products = _mm256_maddubs_epi16(value[i][j], _mm256_sign_epi8(_mm256_load_si256(xs++), signs));
+            } else {
+                const __m256i magnitudes = _mm256_load_si256(xs++);
+                const __m256i signs = _mm256_load_si256(xs++);
+                products = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(value[i][j], signs));
+            }
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, multiplier));
+        }
     }
     return sum;
 }
 
-#define UP_TO_8(X, D) X(D, 1) X(D, 2) X(D, 3) X(D, 4) X(D, 5) X(D, 6) X(D, 7) X(D, 8)
+/* The dot product of a row of the matrix with a token. Indices behind the row meet zeros. */
+PLLM_INLINE float dot_looked_up(const row_table *t, const uint8_t *source, const token_spans *token, int d,
+                                int bits, int symmetric)
+{
+    enum { BOTH = LOOK_UP_VECTORS * LOOKED_UP };
+    const int x_bytes = LOOKED_UP * (1 + d * (symmetric ? 1 : 2));
+    float dot = 0.0f;
+    for (ptrdiff_t s = 0; s < token->spans; s++) {
+        const int8_t *x = (const int8_t *)(token->x + s * token->width);
+        const ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
+        const uint8_t *const end = source + octets * bits, *const last = end - BOTH / OCTET * bits;
+        __m256i sum = _mm256_setzero_si256();
+        for (; source <= last; source += BOTH / OCTET * bits, x += LOOK_UP_VECTORS * x_bytes)
+            sum = add_looked_up(t, source, x, LOOK_UP_VECTORS, d, bits, symmetric, sum);
+        for (; source < end; source += LOOKED_UP / OCTET * bits, x += x_bytes)
+            sum = add_looked_up(t, source, x, 1, d, bits, symmetric, sum);
+        source = end;
+        dot = fmaf(token->scale[s], (float)sum_of_lanes(sum), dot);
+    }
+    return dot;
+}
+
+#define FROM_5_TO_8(X, D) X(D, 5) X(D, 6) X(D, 7) X(D, 8)
+#define UP_TO_8(X, D) X(D, 1) X(D, 2) X(D, 3) X(D, 4) FROM_5_TO_8(X, D)
 #define EACH_BITS(X, D) \
     UP_TO_8(X, D) \
     X(D, 9) X(D, 10) X(D, 11) X(D, 12) X(D, 13) X(D, 14) X(D, 15) X(D, 16)
@@ -314,22 +338,34 @@ EACH_BITS(FETCH_FUNCTIONS, 4)
 EACH_BITS(FETCH_FUNCTIONS, 8)
 EACH_BITS(FETCH_FUNCTIONS, 16)
 
-#define LOOK_UP_FUNCTION(D, B) \
-    static void dot_looked_up_##D##_##B(const row_table *t, const uint8_t *const *rows, \
-                                        const token_spans *token, float *dot) \
+#define LOOK_UP_FUNCTION(D, B, S) \
+    static void dot_looked_up_##D##_##B##_##S(const row_table *t, const uint8_t *const *rows, \
+                                              const token_spans *token, float *dot) \
     { \
-        dot[0] = dot_looked_up(t, rows[0], token, D, B); \
+        dot[0] = dot_looked_up(t, rows[0], token, D, B, S); \
     }
-UP_TO_8(LOOK_UP_FUNCTION, 1)
-UP_TO_8(LOOK_UP_FUNCTION, 2)
-LOOK_UP_FUNCTION(4, 2) LOOK_UP_FUNCTION(4, 3) LOOK_UP_FUNCTION(4, 4) LOOK_UP_FUNCTION(4, 6)
-#define LOOK_UP_ENTRY(D, B) dot_looked_up_##D##_##B,
-static dot_fn *const look_up_functions[3][8] = {
-    {UP_TO_8(LOOK_UP_ENTRY, 1)},
-    {UP_TO_8(LOOK_UP_ENTRY, 2)},
-    {NULL, LOOK_UP_ENTRY(4, 2) LOOK_UP_ENTRY(4, 3) LOOK_UP_ENTRY(4, 4) NULL, LOOK_UP_ENTRY(4, 6)}};
+#define PLAIN_LOOK_UP(D, B) LOOK_UP_FUNCTION(D, B, 0)
+#define SYMMETRIC_LOOK_UP(D, B) LOOK_UP_FUNCTION(D, B, 1)
+UP_TO_8(PLAIN_LOOK_UP, 1)
+UP_TO_8(PLAIN_LOOK_UP, 2)
+PLAIN_LOOK_UP(4, 2) PLAIN_LOOK_UP(4, 3) PLAIN_LOOK_UP(4, 4) PLAIN_LOOK_UP(4, 6)
+FROM_5_TO_8(SYMMETRIC_LOOK_UP, 1)
+FROM_5_TO_8(SYMMETRIC_LOOK_UP, 2)
+FROM_5_TO_8(SYMMETRIC_LOOK_UP, 4)
+#define PLAIN_ENTRY(D, B) dot_looked_up_##D##_##B##_0,
+#define SYMMETRIC_ENTRY(D, B) dot_looked_up_##D##_##B##_1,
+static dot_fn *const look_up_functions[2][3][8] = {
+    {{UP_TO_8(PLAIN_ENTRY, 1)},
+     {UP_TO_8(PLAIN_ENTRY, 2)},
+     {NULL, PLAIN_ENTRY(4, 2) PLAIN_ENTRY(4, 3) PLAIN_ENTRY(4, 4) NULL, PLAIN_ENTRY(4, 6)}},
+    {{NULL, NULL, NULL, NULL, FROM_5_TO_8(SYMMETRIC_ENTRY, 1)},
+     {NULL, NULL, NULL, NULL, FROM_5_TO_8(SYMMETRIC_ENTRY, 2)},
+     {NULL, NULL, NULL, NULL, FROM_5_TO_8(SYMMETRIC_ENTRY, 4)}}};
 #undef LOOK_UP_FUNCTION
-#undef LOOK_UP_ENTRY
+#undef PLAIN_LOOK_UP
+#undef SYMMETRIC_LOOK_UP
+#undef PLAIN_ENTRY
+#undef SYMMETRIC_ENTRY
 
 static void decode_1_7(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target)
 {
@@ -353,7 +389,7 @@ static const row_functions fetch_functions[4][PLLM_MAX_BITS] = {{EACH_BITS(FETCH
 static row_functions functions_for(const row_table *t)
 {
     if (t->looked_up)
-        return (row_functions){NULL, look_up_functions[t->d / 2][t->bits - 1]};
+        return (row_functions){NULL, look_up_functions[t->symmetric][t->d / 2][t->bits - 1]};
     if (has_planes(t))
         return (row_functions){t->bits == 7 ? decode_1_7 : decode_1_8, NULL};
     for (int kind = 0; kind < 4; kind++)

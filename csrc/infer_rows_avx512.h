@@ -142,11 +142,13 @@ static void split_values(int16_t *x, ptrdiff_t values)
     memcpy(x + values, &sum, sizeof sum);
 }
 
-/* target (span_width) = x (span, d), in the order in which the products meet it: by planes of each 64
+/* target (span_width) = the activations of a span, in the order in which the products meet it: by planes of each 64
  * indices, or with rows as far apart as the table's. */
-static void arrange(const row_table *t, ptrdiff_t span, const int16_t *x, int16_t *target)
+static void arrange(const row_table *t, ptrdiff_t span, const quantised_span *q, int16_t *target)
 {
+    int16_t x[SPAN_VALUES];
     const ptrdiff_t width = span_width(t, span), d = t->d;
+    join_multipliers(q, span * d, x);
     memset(target, 0, (size_t)width * sizeof *target);
     if (has_planes(t))
         for (ptrdiff_t i = 0; i < span; i += CHUNK)

@@ -206,7 +206,7 @@ static PyObject *matmul(PyObject *self, PyObject *args)
     const npy_intp n = PyArray_DIM(x, 0);
     if (!take_matrix(&m, packed, out_features, PyArray_DIM(x, 1), codec, scale, shift) ||
         !pllm_take_optional(&bias, bias_obj, "bias", NPY_FLOAT32, 1, &m.matrix.out_features, "") ||
-        !pllm_in_range("activations", activations, PLLM_ACTIVATIONS_FLOAT32, PLLM_ACTIVATIONS_INT16) ||
+        !pllm_in_range("activations", activations, PLLM_ACTIVATIONS_FLOAT32, PLLM_ACTIVATIONS_INTEGER) ||
         !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS) ||
         !take_or_new(&out, out_obj, (npy_intp[]){n, out_features}))
         goto done;
@@ -300,7 +300,7 @@ static PyObject *matmul_at(PyObject *self, PyObject *const *args, Py_ssize_t cou
     const long activations = PyLong_AsLong(args[7]), threads = PyLong_AsLong(args[8]);
     int status;
     if (!held || PyErr_Occurred() || !pllm_in_range("n", n, 0, PY_SSIZE_T_MAX / 64) ||
-        !pllm_in_range("activations", activations, PLLM_ACTIVATIONS_FLOAT32, PLLM_ACTIVATIONS_INT16) ||
+        !pllm_in_range("activations", activations, PLLM_ACTIVATIONS_FLOAT32, PLLM_ACTIVATIONS_INTEGER) ||
         !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS))
         return NULL;
 

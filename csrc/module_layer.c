@@ -157,7 +157,7 @@ static const pllm_layer *take_call(const char *name, PyObject *const *args, Py_s
     const held_layer *held = PyCapsule_GetPointer(args[0], layer_name);
     const long form = PyLong_AsLong(args[want - 2]), used = PyLong_AsLong(args[want - 1]);
     if (!held || PyErr_Occurred() ||
-        !pllm_in_range("activations", form, PLLM_ACTIVATIONS_FLOAT32, PLLM_ACTIVATIONS_INT16) ||
+        !pllm_in_range("activations", form, PLLM_ACTIVATIONS_FLOAT32, PLLM_ACTIVATIONS_INTEGER) ||
         !pllm_in_range("threads", used, 1, PLLM_MAX_THREADS))
         return NULL;
     *activations = (enum pllm_activations)form;

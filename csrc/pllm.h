@@ -178,7 +178,7 @@ typedef int pllm_decode_rows_fn(const pllm_matrix *w, ptrdiff_t first_row, const
 /* In what form activations meet the table. */
 enum pllm_activations {
     PLLM_ACTIVATIONS_FLOAT32 = 0,
-    PLLM_ACTIVATIONS_INT16 = 1 /* with int8 tables; with others and with decoders float32 is used */
+    PLLM_ACTIVATIONS_INTEGER = 1 /* with int8 tables; with others and with decoders float32 is used */
 };
 
 /* y (n, out_features) = x (n, in_features) W' + bias, without ever holding W.

@@ -55,10 +55,20 @@ LADDER: tuple[Shape, ...] = (
 # Tables small enough to be looked up in registers; some are fetched as fast, in pairs, on AVX2.
 FAST_LADDER: tuple[Shape, ...] = (
     *(Shape(8, 2**b) for b in range(4, 6)),
-    *(Shape(4, 2**b) for b in range(3, 7)),
-    *(Shape(2, 2**b) for b in range(4, 8)),
-    *(Shape(1, 2**b) for b in range(4, 9)),
+    *(Shape(4, 2**b) for b in range(3, 9)),
+    *(Shape(2, 2**b) for b in range(5, 9)),
+    *(Shape(1, 2**b) for b in range(5, 9)),
 )
+# Of these, those that are K / 2^d rows of magnitudes with all their signs: so many fewer rows are
+# looked up. For normal values they err so many times as much as K free rows.
+SYMMETRIC_ERROR: dict[Shape, float] = {
+    Shape(4, 128): 1.09,
+    Shape(4, 256): 1.07,
+    Shape(2, 64): 1.025,
+    Shape(2, 128): 1.012,
+    Shape(2, 256): 1.0,
+    **{Shape(1, 2**b): 1.0 for b in range(5, 9)},
+}
 LADDERS = {"quality": LADDER, "speed": FAST_LADDER}
 
 
@@ -76,10 +86,17 @@ def codec_bits(spec: CodecSpec) -> int:
     return sum(8 * DTYPES[dtype][0] * math.prod(shape) for dtype, shape in spec.tensors().values())
 
 
-def predicted_error(shape: Shape) -> float:
+def is_symmetric(prefer: str, shape: Shape) -> bool:
+    """Does a table of this shape hold magnitudes with all their signs?"""
+    return prefer == "speed" and shape in SYMMETRIC_ERROR
+
+
+def predicted_error(shape: Shape, prefer: str = "quality") -> float:
     """Expected squared error per unit variance of a Gaussian source."""
     # At low rates the factor falls towards 1; this form follows Lloyd-Max within 6 % at d = 1.
     factor = 1 + (ZADOR_FACTOR[shape.subvector] - 1) * (1 - 2 ** (-shape.rate / 2))
+    if is_symmetric(prefer, shape):
+        factor *= SYMMETRIC_ERROR[shape]
     return float(factor * 4.0**-shape.rate)
 
 
@@ -92,7 +109,7 @@ def allocate(
     row_shift: bool = False,
     groups_of: Callable[[Mapping[str, Shape]], Mapping[str, str]],
     harm_of: Mapping[str, float] | None = None,
-    ladder: Sequence[Shape] = LADDER,
+    prefer: str = "quality",
 ) -> dict[str, Shape]:
     """Give every target a shape so that all bytes together stay within ``budget_bits``.
 
@@ -104,12 +121,13 @@ def allocate(
             with.
         harm_of: target name -> harm of a relative squared error of 1; None: as many as it has
             weights, in embeddings eight times that.
+        prefer: whose ladder, ``"quality"`` or ``"speed"``.
 
     Raises:
         PocketError: even the smallest shape does not fit; the sentence says what would.
     """
     owners = [t for t in targets if not t.tied_to]
-    rungs = sorted(ladder, key=lambda s: s.rate)
+    rungs = sorted(LADDERS[prefer], key=lambda s: s.rate)
     problem = _Problem(
         names=[t.name for t in owners],
         rungs=rungs,
@@ -120,7 +138,7 @@ def allocate(
             ],
             np.float64,
         ),
-        harm=_harm(owners, rungs, harm_of),
+        harm=_harm(owners, rungs, prefer, harm_of),
         table=[codec_bits(spec_of(s)) for s in rungs],
         groups_of=groups_of,
         budget=budget_bits,
@@ -218,14 +236,17 @@ def _spend_the_rest(problem: _Problem, choice: np.ndarray) -> np.ndarray:
 
 
 def _harm(
-    owners: Sequence[Target], rungs: Sequence[Shape], harm_of: Mapping[str, float] | None
+    owners: Sequence[Target],
+    rungs: Sequence[Shape],
+    prefer: str,
+    harm_of: Mapping[str, float] | None,
 ) -> np.ndarray:
     """(matrices, rungs): predicted, on average as large as the errors of all weights."""
     whole = np.array(
         [harm_of[t.name] if harm_of else _prior(t) * t.weights for t in owners], np.float64
     )
     whole *= sum(t.weights for t in owners) / whole.sum()
-    harm = whole[:, None] * np.array([predicted_error(s) for s in rungs])
+    harm = whole[:, None] * np.array([predicted_error(s, prefer) for s in rungs])
     for i, target in enumerate(owners):
         for r, shape in enumerate(rungs):
             # A codebook for a matrix alone must find as many sub-vectors in it.

@@ -159,7 +159,7 @@ def plan(model: str | os.PathLike[str], config: PocketConfig | None = None) -> P
         result = make_plan(meta_model(folder), config)
         result.seconds = predict_work(result, config).total
     with _threads(1):
-        result.speeds = predict_speeds(result)
+        result.speeds = predict_speeds(result, config)
     return result
 
 

@@ -43,7 +43,8 @@ class PocketConfig:
         subvector: d, values per sub-vector, 1 to 16.
         codebook: K, codewords, 2 to 65536.
         prefer: what ``bits`` and ``target_size`` spend on: ``"quality"``, or ``"speed"``: of the
-            codebook shapes only those small enough to be looked up in registers.
+            codebook shapes only those small enough to be looked up in registers, some of them as
+            magnitudes with all their signs. With ``subvector`` and ``codebook`` the latter alone.
         hidden: h, width of the codec's hidden layer (paper: 16).
         norm: ``"input"`` (RLN at the input, decoder folds to a table), ``"ln"`` (layer norm over
             the sub-vector, folds too) or ``"rln"`` (RLN inside, the published form).
@@ -138,11 +139,6 @@ class PocketConfig:
         if len(given) > 1:
             raise PocketError(f"{' and '.join(given)}: these exclude each other, give one")
         if self.subvector is not None:
-            if self.prefer != "quality":
-                raise PocketError(
-                    f"prefer: {self.prefer!r} chooses codebook shapes, but subvector and codebook "
-                    f"give one: leave out either"
-                )
             _check_integer("subvector", self.subvector, 1, MAX_SUBVECTOR)
             _check_integer("codebook", self.codebook, 2, MAX_CODEBOOK)
 

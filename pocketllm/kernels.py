@@ -55,16 +55,16 @@ def set_isa(name: str) -> None:
 
 
 # In the order of enum pllm_activations.
-_ACTIVATIONS = ("float32", "int16")
+_ACTIVATIONS = ("float32", "integer")
 
 
 def activations() -> str:
-    """In what form activations meet int8 tables: ``int16`` or ``float32`` (see :func:`matmul`)."""
+    """How activations meet int8 tables: as ``integer`` or as ``float32`` (see :func:`matmul`)."""
     return _activations
 
 
 def set_activations(name: str) -> None:
-    """Choose ``int16`` (the default, fast) or ``float32`` from now on, in the whole process.
+    """Choose ``integer`` (the default, fast) or ``float32`` from now on, in the whole process.
 
     The environment variable POCKETLLM_ACTIVATIONS does the same at import.
 
@@ -77,7 +77,7 @@ def set_activations(name: str) -> None:
     _activations = name
 
 
-_activations = os.environ.get("POCKETLLM_ACTIVATIONS") or "int16"
+_activations = os.environ.get("POCKETLLM_ACTIVATIONS") or "integer"
 if _activations not in _ACTIVATIONS:
     raise ImportError(
         f"POCKETLLM_ACTIVATIONS: got {_activations!r}, want {' or '.join(_ACTIVATIONS)}"
@@ -312,10 +312,10 @@ def matmul(
     """Activations times a compressed matrix, transposed: ``x @ W.T + bias``.
 
     W never exists whole: each thread decodes a tile of rows at a time. With ``float32`` sums are
-    accumulated in float32, in an order that depends on the number of tokens alone. With ``int16``
-    and an int8 table each span of up to 512 columns of a token is rounded to multiples of an 8191st
-    of its largest magnitude and multiplied exactly, in integers; other tables and decoders take
-    ``float32`` in any case.
+    accumulated in float32, in an order that depends on the number of tokens alone. With ``integer``
+    and an int8 table activations are rounded and multiplied exactly, in integers: for d of 1, 2 and
+    4 and up to 256 codewords to 127 steps either side of zero for each 32 columns, otherwise to
+    32,639 for each span of up to 512; other tables and decoders take ``float32`` in any case.
 
     Args:
         x: (n, in_features) activations; n may be 0.
@@ -326,7 +326,7 @@ def matmul(
         shift: (out_features,) added to each row.
         bias: (out_features,) added to each product.
         out: (n, out_features) to write to and return; may not overlap x.
-        activations: ``float32`` or ``int16``; None: :func:`activations`.
+        activations: ``float32`` or ``integer``; None: :func:`activations`.
 
     Returns:
         float32 (n, out_features).

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .allocate import LADDERS, Shape, allocate, codec_bits, payload_bits
+from .allocate import Shape, allocate, codec_bits, is_symmetric, payload_bits
 from .config import PocketConfig
 from .errors import PocketError
 from .layout import Dense, Target, subvector_count, walk
@@ -183,7 +183,7 @@ def predict_work(plan: Plan, config: PocketConfig) -> Work:
     return Work(codecs, matrices, PASSES * product * tokens, BACKWARD * product * looked_at)
 
 
-def predict_speeds(plan: Plan) -> dict[str, float]:
+def predict_speeds(plan: Plan, config: PocketConfig) -> dict[str, float]:
     """How many times as fast as torch's bfloat16 layer each codec multiplies one token.
 
     Measured on this machine with random matrices, in this thread's CPU time: let torch use one.
@@ -197,13 +197,16 @@ def predict_speeds(plan: Plan) -> dict[str, float]:
     product = _fastest(lambda: torch.nn.functional.linear(half, dense), time.thread_time)
     expected = product * TIMED[0] * TIMED[1] / (rows * columns)
     kinds = {name: dataclasses.replace(codec, name="") for name, codec in plan.codecs.items()}
-    speeds = {k: expected / _product_seconds(k, token.numpy()) for k in set(kinds.values())}
+    speeds = {
+        k: expected / _product_seconds(k, config.prefer, token.numpy()) for k in set(kinds.values())
+    }
     return {name: speeds[kind] for name, kind in kinds.items()}
 
 
-def _product_seconds(spec: CodecSpec, token: np.ndarray) -> float:
+def _product_seconds(spec: CodecSpec, prefer: str, token: np.ndarray) -> float:
     """Seconds of one token's product with a random matrix."""
     from . import kernels
+    from .stored import with_signs
 
     rows, columns = TIMED
     random = np.random.default_rng(0)
@@ -212,6 +215,8 @@ def _product_seconds(spec: CodecSpec, token: np.ndarray) -> float:
     table: np.ndarray = np.ones((spec.codebook, spec.subvector), np.float32)
     decoder = None
     if spec.storage == "table-int8":
+        if is_symmetric(prefer, Shape(spec.subvector, spec.codebook)):
+            table = with_signs(table[: spec.codebook >> spec.subvector])
         table = table.astype(np.int8)
     elif spec.storage == "decoder":
         parts = {name: shape for name, (_, shape) in spec.tensors().items()}
@@ -308,7 +313,7 @@ def _allocate(
         row_shift=config.row_shift,
         groups_of=lambda shapes: _group_names(config, owners, shapes),
         harm_of=harm_of,
-        ladder=LADDERS[config.prefer],
+        prefer=config.prefer,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .allocate import Shape, is_symmetric
 from .codec import DEFAULT_UPDATES, Codec, refine_table, train_codec
 from .config import PocketConfig
 from .kernels import CodecView
@@ -88,6 +89,8 @@ def train_stored_codec(
 ) -> StoredCodec:
     """Train a codec on normalised rows and bring it into its stored form.
 
+    A table that is symmetric (:func:`pocketllm.allocate.is_symmetric`) is trained on magnitudes.
+
     Args:
         groups: matrices of normalised rows (R, L*d) float32, one for each row length.
         spec: what is to be stored.
@@ -98,14 +101,20 @@ def train_stored_codec(
         PocketError: fewer sub-vectors than codewords.
     """
     foldable = spec.storage != "decoder"
+    symmetric = spec.storage == "table-int8" and is_symmetric(
+        config.prefer, Shape(spec.subvector, spec.codebook)
+    )
+    if symmetric:
+        groups = [np.abs(rows) for rows in groups]
+    codewords = spec.codebook >> (spec.subvector if symmetric else 0)
     result = train_codec(
         _recut(groups, spec.subvector) if foldable else groups,
         subvector=spec.subvector,
-        codewords=spec.codebook,
+        codewords=codewords,
         hidden=spec.hidden,
         norm=spec.norm,
         init=config.codebook_init,
-        **_training_length(config, spec, sum(rows.size for rows in groups)),
+        **_training_length(config, spec, codewords, sum(rows.size for rows in groups)),
         lr=config.learning_rate,
         codebook_loss=config.codebook_loss,
         seed=config.seed,
@@ -124,14 +133,28 @@ def train_stored_codec(
         iterations=REFINE_ITERATIONS,
         seed=config.seed,
     )
+    if symmetric:
+        table = with_signs(np.maximum(table, 0))
     return StoredCodec(spec, round_table(table, spec.storage), None, result.warnings)
 
 
-def _training_length(config: PocketConfig, spec: CodecSpec, values: int) -> dict[str, Any]:
+def with_signs(magnitudes: np.ndarray) -> np.ndarray:
+    """Table (2^d n, d) of magnitudes (n, d) with all combinations of signs.
+
+    Bit j above those of the magnitudes' own index is set where value j is negative.
+    """
+    n, d = magnitudes.shape
+    signs = 1 - 2 * (np.arange(2**d)[:, None] >> np.arange(d) & 1).astype(magnitudes.dtype)
+    return (signs[:, None] * magnitudes).reshape(2**d * n, d)
+
+
+def _training_length(
+    config: PocketConfig, spec: CodecSpec, codewords: int, values: int
+) -> dict[str, Any]:
     """``epochs`` and ``batch`` of :func:`train_codec` for so many values, where not given."""
     if spec.storage == "decoder" or config.codebook_init != "kmeans":
         return {"epochs": config.epochs, "batch": config.batch or BATCH}
-    batch = config.batch or min(BATCH, max(SHORT_BATCH, BATCH_PER_CODEWORD * spec.codebook))
+    batch = config.batch or min(BATCH, max(SHORT_BATCH, BATCH_PER_CODEWORD * codewords))
     updates = -(-values // (spec.subvector * batch))
     epochs = config.epochs or max(SHORT_EPOCHS, -(-DEFAULT_UPDATES["kmeans"] // updates))
     return {"epochs": epochs, "batch": batch}

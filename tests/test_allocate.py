@@ -56,7 +56,7 @@ def test_budget_is_met_and_used(bits: float, prefer: str) -> None:
         bits * weights,
         spec_of=spec_of,
         groups_of=together,
-        ladder=LADDERS[prefer],
+        prefer=prefer,
     )
     spent = total_bits(targets, shapes) / weights
     assert spent <= bits
@@ -126,8 +126,8 @@ def test_index_bits_and_payload() -> None:
 
 
 def test_predicted_errors_fall_with_the_rate() -> None:
-    for ladder in LADDERS.values():
-        errors = [predicted_error(s) for s in sorted(ladder, key=lambda s: s.rate)]
+    for prefer, ladder in LADDERS.items():
+        errors = [predicted_error(s, prefer) for s in sorted(ladder, key=lambda s: s.rate)]
         assert all(a > b for a, b in zip(errors, errors[1:], strict=False))
     rng = np.random.default_rng(0)
     x = rng.standard_normal(20000)

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pocketllm import cli
+from pocketllm.allocate import FAST_LADDER, Shape
 from pocketllm.checkpoint import open_checkpoint
 from pocketllm.workspace import Workspace
 
@@ -179,7 +180,7 @@ def test_speed_takes_only_tables_for_registers(job: list[str], tmp_path: Path) -
     out = tmp_path / "fast"
     assert cli.main(["compress", *job, str(out), "--prefer", "speed"]) == 0
     codecs = open_checkpoint(out).layout.codecs.values()
-    assert all(c.codebook <= 256 // c.subvector for c in codecs)
+    assert all(Shape(c.subvector, c.codebook) in FAST_LADDER for c in codecs)
 
 
 def test_target_size_is_met(model: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pocketllm import kernels
+from pocketllm.allocate import SYMMETRIC_ERROR, Shape
 from pocketllm.codec import Codec, KernelEngine, index_entropy, train_codec
 from pocketllm.codec_init import identity_coder, linear_mlp, random_coder
 from pocketllm.codec_torch import TorchCodec, train_torch
@@ -18,7 +19,7 @@ from pocketllm.errors import PocketError
 from pocketllm.kmeans import draw_by_error, kmeans, refine_table
 from pocketllm.layout import normalise
 from pocketllm.schema import CodecSpec
-from pocketllm.stored import train_stored_codec
+from pocketllm.stored import train_stored_codec, with_signs
 
 NORMS = ["input", "ln", "rln"]
 
@@ -328,3 +329,30 @@ def test_short_training_stores_as_good_a_table_as_the_published_steps(
         return float(errors.mean())
 
     assert error() <= 1.005 * error(batch=16384, epochs=75)
+
+
+def test_magnitudes_with_all_their_signs() -> None:
+    magnitudes = np.array([[1, 2, 3], [4, 5, 6]], np.int8)
+    table = with_signs(magnitudes)
+    assert table.dtype == np.int8
+    for row, values in enumerate(table):
+        for j, value in enumerate(values):
+            sign = -1 if row >> (1 + j) & 1 else 1
+            assert value == sign * magnitudes[row % 2, j]
+
+
+@pytest.mark.parametrize("shape", [Shape(4, 256), Shape(2, 64)])
+def test_symmetric_tables_err_as_much_as_predicted(shape: Shape) -> None:
+    d, codewords = shape.subvector, shape.codewords
+    rows = np.random.default_rng(7).standard_normal((256 * d, 1024), np.float32)
+    spec = CodecSpec("c", d, codewords, 16, "input", "table-int8")
+    errors = {}
+    for prefer in ("quality", "speed"):
+        parts = train_stored_codec([rows], spec, PocketConfig(prefer=prefer)).parts
+        table = parts["table"].astype(np.float32) * parts["table_scale"]
+        _, error = kernels.nearest(rows.reshape(-1, d), table, return_error=True)
+        errors[prefer] = float(error.mean())
+    magnitudes = parts["table"][: codewords >> d]
+    assert (magnitudes >= 0).all()
+    np.testing.assert_array_equal(parts["table"], with_signs(magnitudes))
+    assert abs(errors["speed"] / errors["quality"] / SYMMETRIC_ERROR[shape] - 1) < 0.02

@@ -24,7 +24,6 @@ from pocketllm.errors import PocketError
         ({"subvector": 17, "codebook": 256}, "subvector: got 17, want an integer from 1 to 16"),
         ({"subvector": 4, "codebook": 1}, "codebook: got 1, want an integer from 2 to 65536"),
         ({"prefer": "size"}, "prefer: got 'size', want one of quality, speed"),
-        ({"prefer": "speed", "subvector": 4, "codebook": 256}, "leave out either"),
         ({"norm": "batch"}, "norm: got 'batch', want one of input, ln, rln"),
         ({"share": "layer"}, "share: got 'layer'"),
         ({"seed": -1}, "seed: got -1"),

@@ -182,12 +182,12 @@ def test_unknown_instruction_set_is_an_import_error():
 
 def test_environment_chooses_the_activations():
     code = "from pocketllm import kernels; print(kernels.activations())"
-    for name in ("float32", "int16"):
+    for name in ("float32", "integer"):
         assert run_python(code, POCKETLLM_ACTIVATIONS=name).stdout.strip() == name
     done = run_python(code, POCKETLLM_ACTIVATIONS="int4")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "ImportError: POCKETLLM_ACTIVATIONS: got 'int4', want float32 or int16"
+        "ImportError: POCKETLLM_ACTIVATIONS: got 'int4', want float32 or integer"
     )
 
 

@@ -122,14 +122,22 @@ static void check_decode(const pllm_kernels *k, const fixture *f)
     free(rows), free(other), free(order), free(last);
 }
 
-/* The largest magnitude in the span of 512 columns or more around a column: what bounds the rounding of
- * activations to int16. */
-static double peak_around(const float *x, int in, int column)
+/* The largest magnitude less than `reach` columns away. */
+static double peak_around(const float *x, int in, int column, int reach)
 {
     double peak = 0.0;
-    for (int i = column < 512 ? 0 : column - 512; i < in && i < column + 512; i++)
+    for (int i = column < reach ? 0 : column - reach + 1; i < in && i < column + reach; i++)
         peak = fmax(peak, fabs((double)x[i]));
     return peak;
+}
+
+/* How far an activation moves when it becomes an integer: half a step of its span's int16, or of its block's bytes,
+ * whose multiplier is rounded up to a whole one. */
+static double rounding_of(const infer_case *c, const float *x, int column)
+{
+    const double span = peak_around(x, c->in, column, 512) / 65000.0;
+    const int bytes = c->bits <= 8 && (c->d <= 2 || c->d == 4);
+    return bytes ? peak_around(x, c->in, column, 32) / 253.0 + span : span;
 }
 
 static void check_matmul(const pllm_kernels *k, const fixture *f, enum pllm_activations form)
@@ -137,14 +145,14 @@ static void check_matmul(const pllm_kernels *k, const fixture *f, enum pllm_acti
     const infer_case c = f->c;
     const size_t size = (size_t)(c.tokens * c.out);
     float *y = new_floats(size), *other = new_floats(size);
-    const int rounded = form == PLLM_ACTIVATIONS_INT16 && c.is_int8;
+    const int rounded = form == PLLM_ACTIVATIONS_INTEGER && c.is_int8;
     double worst = 0.0;
     int status = k->matmul(&f->matrix, f->x, c.tokens, f->bias, y, form, 1);
     CHECK(status == PLLM_OK, "matmul returned %d", status);
     for (int t = 0; t < c.tokens; t++) {
         double *step = new_bytes((size_t)c.in * sizeof *step);
         for (int i = 0; i < c.in; i++)
-            step[i] = rounded ? peak_around(f->x + t * c.in, c.in, i) / 16000.0 : 0.0;
+            step[i] = rounded ? rounding_of(&c, f->x + t * c.in, i) : 0.0;
         for (int r = 0; r < c.out; r++) {
             double sum = (double)f->bias[r], allowed = 1e-6 * fabs(sum);
             for (int i = 0; i < c.in; i++) {
@@ -167,16 +175,16 @@ static void check_matmul(const pllm_kernels *k, const fixture *f, enum pllm_acti
     free(y), free(other);
 }
 
-/* A token's result in int16 does not depend on the tokens beside it; NaN and Inf stay where they are. */
+/* A token's result in integers does not depend on the tokens beside it; NaN and Inf stay where they are. */
 static void check_tokens_apart(const pllm_kernels *k)
 {
     fixture f;
     float together[3 * 9], alone[9];
     fill_fixture(&f, k, (infer_case){9, 600, 4, 200, 8, 1, DENSE, 3}, 0);
     f.x[600 + 7] = INFINITY;
-    k->matmul(&f.matrix, f.x, 3, f.bias, together, PLLM_ACTIVATIONS_INT16, 1);
+    k->matmul(&f.matrix, f.x, 3, f.bias, together, PLLM_ACTIVATIONS_INTEGER, 1);
     for (int t = 0; t < 3; t++) {
-        k->matmul(&f.matrix, f.x + t * 600, 1, f.bias, alone, PLLM_ACTIVATIONS_INT16, 1);
+        k->matmul(&f.matrix, f.x + t * 600, 1, f.bias, alone, PLLM_ACTIVATIONS_INTEGER, 1);
         for (int r = 0; r < 9; r++)
             CHECK(t == 1 ? isnan(alone[r]) && isnan(together[t * 9 + r]) : alone[r] == together[t * 9 + r],
                   "token %d row %d: %g alone, %g together", t, r, (double)alone[r],
@@ -185,19 +193,20 @@ static void check_tokens_apart(const pllm_kernels *k)
     free_fixture(&f);
 }
 
-/* The largest products there are: all activations at one magnitude, table values -128 and 127, each sign
- * alone or both mixed. */
+/* The largest products there are: all activations at one magnitude, table values -128 or -127 and 127, each
+ * sign alone or both mixed. */
 static void check_extremes(const pllm_kernels *k, int d, int bits, int tokens)
 {
-    for (int signs = 0; signs < 5; signs++) {
+    for (int i = 0; i < 10; i++) {
+        const int signs = i % 5, lowest = i < 5 ? -128 : -127;
         fixture f;
         fill_fixture(&f, k, (infer_case){3, 1031, d, 1 << bits, bits, 1, DENSE, tokens}, 0);
-        for (int i = 0; i < d << bits; i++)
-            f.table_i8[i] = (signs == 4 ? random_bits() & 1 : (unsigned)signs & 1) ? 127 : -128;
-        for (int i = 0; i < tokens * 1031; i++)
-            f.x[i] = (signs == 4 ? random_bits() & 1 : (unsigned)signs & 2) ? 3.0f : -3.0f;
+        for (int j = 0; j < d << bits; j++)
+            f.table_i8[j] = (int8_t)((signs == 4 ? random_bits() & 1 : (unsigned)signs & 1) ? 127 : lowest);
+        for (int j = 0; j < tokens * 1031; j++)
+            f.x[j] = (signs == 4 ? random_bits() & 1 : (unsigned)signs & 2) ? 3.0f : -3.0f;
         fill_dense(&f, k);
-        check_matmul(k, &f, PLLM_ACTIVATIONS_INT16);
+        check_matmul(k, &f, PLLM_ACTIVATIONS_INTEGER);
         free_fixture(&f);
     }
 }
@@ -209,18 +218,38 @@ static void check_case(const pllm_kernels *k, infer_case c)
         fill_fixture(&f, k, c, with_shift);
         check_decode(k, &f);
         check_matmul(k, &f, PLLM_ACTIVATIONS_FLOAT32);
-        check_matmul(k, &f, PLLM_ACTIVATIONS_INT16);
+        check_matmul(k, &f, PLLM_ACTIVATIONS_INTEGER);
         free_fixture(&f);
     }
 }
 
-/* A product in int16 whose rows are several spans and end within a vector. */
+/* A product in integers whose rows are several spans and end within a vector. */
 static void check_spans(const pllm_kernels *k, int d, int bits, int tokens)
 {
     const int all = 1 << bits, codewords = all < 700 ? all - (bits > 1 && d % 2) : 700;
     fixture f;
     fill_fixture(&f, k, (infer_case){5, 1031, d, codewords, bits, 1, DENSE, tokens}, bits % 2);
-    check_matmul(k, &f, PLLM_ACTIVATIONS_INT16);
+    check_matmul(k, &f, PLLM_ACTIVATIONS_INTEGER);
+    free_fixture(&f);
+}
+
+/* Tables whose rows have each combination of signs; `flaw`: all but one of their values. */
+static void check_symmetric(const pllm_kernels *k, int d, int bits, int flaw)
+{
+    fixture f;
+    fill_fixture(&f, k, (infer_case){5, 1031, d, 1 << bits, bits, 1, DENSE, 1}, 0);
+    const int base = 1 << (bits - d);
+    for (int row = 0; row < 1 << bits; row++)
+        for (int j = 0; j < d; j++) {
+            int8_t *const value = f.table_i8 + row * d + j;
+            *value = (int8_t)(row < base ? abs(*value) : f.table_i8[row % base * d + j]);
+            if (row / base >> j & 1)
+                *value = (int8_t)-*value;
+        }
+    if (flaw)
+        f.table_i8[random_bits() % (unsigned)(d << bits)] ^= 1;
+    fill_dense(&f, k);
+    check_matmul(k, &f, PLLM_ACTIVATIONS_INTEGER);
     free_fixture(&f);
 }
 
@@ -240,6 +269,9 @@ static void check_forms(const pllm_kernels *k)
         check_spans(k, fetched[i][0], fetched[i][1], 1);
         check_spans(k, fetched[i][0], fetched[i][1], 2 + i % 4);
     }
+    for (int bits = 4; bits <= 8; bits++)
+        for (int d = 1; d <= 4; d++)
+            check_symmetric(k, d, bits, (bits + d) % 4 == 0);
     for (int bits = 6; bits <= 9; bits++)
         check_extremes(k, 4, bits, 1);
     for (int bits = 4; bits <= 8; bits += 2)
