@@ -56,8 +56,8 @@ static int is_looked_up(int d, int bits, int symmetric)
 #endif
 }
 
-/* Whether looking up gains by it that each row is the signs of its values, negative where one of the d highest bits of its index is set,
- * the highest for the last, times the row that the other bits name. */
+/* Whether each row is the one that the lower bits of its index name, with signs: value j is negative where the
+ * j-th of the d highest bits is set. Up to four bits looking up gains nothing by it. */
 static int is_symmetric(const pllm_codec *c)
 {
     const int8_t *const table = c->table;

@@ -110,41 +110,28 @@ PLLM_INLINE void decode_fetched(const row_table *table, const uint8_t *source, p
     }
 }
 
-PLLM_INLINE int32_t sum_of_lanes(__m256i a)
-{
-    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-    sum = _mm_hadd_epi32(sum, sum);
-    return _mm_cvtsi128_si32(_mm_hadd_epi32(sum, sum));
-}
-
-/* The dot product of a row of the matrix with a token; d / 2 vectors an octet, in two sums. */
-PLLM_INLINE float dot_fetched(const row_table *table, const uint8_t *source, const token_spans *token,
-                              int d, int bits)
+/* The products of a span of a row of the matrix with a token, in lanes; d / 2 vectors an octet, in two sums. */
+PLLM_INLINE __m256i span_fetched(const row_table *table, const uint8_t *source, const int16_t *x, ptrdiff_t octets,
+                                 int d, int bits)
 {
     const char *const t = table->rows;
     const int wide = d << bits <= WIDE_VALUES;
-    float sum = 0.0f;
-    for (ptrdiff_t s = 0; s < token->spans; s++) {
-        const int16_t *x = token->x + s * token->width;
-        const ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
-        __m256i even = _mm256_setzero_si256(), odd = even;
-        for (const uint8_t *const end = source + octets * bits; source < end; source += bits, x += OCTET * d) {
-            uint32_t k[OCTET];
-            cut_four(source, bits, 0, k);
-            cut_four(source, bits, 1, k + 4);
-            PLLM_UNROLL
-            for (int v = 0; v < d / 2; v++) {
-                const __m256i xs = _mm256_loadu_si256((const __m256i *)(const void *)(x + 16 * v));
-                const __m256i product = _mm256_madd_epi16(sixteen_values(t, k + 16 / d * v, d, wide), xs);
-                if (v % 2)
-                    odd = _mm256_add_epi32(odd, product);
-                else
-                    even = _mm256_add_epi32(even, product);
-            }
+    __m256i even = _mm256_setzero_si256(), odd = even;
+    for (const uint8_t *const end = source + octets * bits; source < end; source += bits, x += OCTET * d) {
+        uint32_t k[OCTET];
+        cut_four(source, bits, 0, k);
+        cut_four(source, bits, 1, k + 4);
+        PLLM_UNROLL
+        for (int v = 0; v < d / 2; v++) {
+            const __m256i xs = _mm256_loadu_si256((const __m256i *)(const void *)(x + 16 * v));
+            const __m256i product = _mm256_madd_epi16(sixteen_values(t, k + 16 / d * v, d, wide), xs);
+            if (v % 2)
+                odd = _mm256_add_epi32(odd, product);
+            else
+                even = _mm256_add_epi32(even, product);
         }
-        sum = fmaf(token->scale[s], (float)sum_of_lanes(_mm256_add_epi32(even, odd)), sum);
     }
-    return sum;
+    return _mm256_add_epi32(even, odd);
 }
 
 /* ---- look-ups in registers ------------------------------------------------------------------- */
@@ -254,40 +241,38 @@ PLLM_INLINE void decode_single(const row_table *t, const uint8_t *source, ptrdif
     decode_plain(t, source, octets, 1, 1, target);
 }
 
-/* sign[i] = a byte other than zero, negative where the given bit of its index is set. */
-PLLM_INLINE __m256i signs_of(__m256i index, int bit)
-{
-    return _mm256_or_si256(_mm256_slli_epi16(index, 7 - bit), _mm256_set1_epi8(1));
-}
-
 /* sum + the products of `vectors` times 32 rows with the bytes at x (arrange_bytes). A product of bytes is that
  * of an unsigned with a signed one: of a magnitude with what got its sign, so that pairs stay in int16. */
 PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, const int8_t *x, int vectors, int d,
                                   int bits, int symmetric, __m256i sum)
 {
     const __m256i *xs = (const __m256i *)(const void *)x;
-    const int base_bits = symmetric ? bits - d : bits;
+    const int base_bits = symmetric ? bits - d : bits, x_vectors = 1 + d * (symmetric ? 1 : 2);
     __m256i index[LOOK_UP_VECTORS], row[LOOK_UP_VECTORS], value[LOOK_UP_VECTORS][LOOK_UP_VALUES];
     PLLM_UNROLL
     for (int i = 0; i < vectors; i++) {
         row[i] = index[i] = indices_as_bytes(source + LOOKED_UP / OCTET * bits * i, bits);
         if (symmetric && (base_bits > 4 || bits == 8)) /* a look-up in one sixteen heeds bits 0 to 3 and 7 */
-            row[i] = _mm256_and_si256(index[i], _mm256_set1_epi8((char)((1 << (base_bits > 4 ? base_bits : 4)) - 1)));
+            row[i] = _mm256_and_si256(index[i], _mm256_set1_epi8((char)(16 * sixteens_of(base_bits) - 1)));
     }
     look_up(t->planes, row, vectors, d, base_bits, value);
     PLLM_UNROLL
-    for (int i = 0; i < vectors; i++) {
-        const __m256i multiplier = _mm256_load_si256(xs++);
+    for (int i = 0; i < vectors; i++, xs += x_vectors) {
+        const __m256i multiplier = _mm256_load_si256(xs);
+        /* Bytes other than zero with the sign of the last value on top, then by doubling those before it. */
+        __m256i signs = _mm256_or_si256(index[i], _mm256_set1_epi8(1));
+        signs = bits < 8 ? _mm256_slli_epi16(signs, 8 - bits) : signs;
         PLLM_UNROLL
-        for (int j = 0; j < d; j++) {
+        for (int j = d - 1; j >= 0; j--) {
             __m256i products;
             if (symmetric) {
-                const __m256i signs = signs_of(index[i], base_bits + j);
-                products = _mm256_maddubs_epi16(value[i][j], _mm256_sign_epi8(_mm256_load_si256(xs++), signs));
+                const __m256i signed_x = _mm256_sign_epi8(_mm256_load_si256(xs + 1 + j), signs);
+                products = _mm256_maddubs_epi16(value[i][j], signed_x);
+                signs = _mm256_add_epi8(signs, signs);
             } else {
-                const __m256i magnitudes = _mm256_load_si256(xs++);
-                const __m256i signs = _mm256_load_si256(xs++);
-                products = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(value[i][j], signs));
+                const __m256i magnitudes = _mm256_load_si256(xs + 1 + 2 * j);
+                const __m256i x_signs = _mm256_load_si256(xs + 2 + 2 * j);
+                products = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(value[i][j], x_signs));
             }
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, multiplier));
         }
@@ -295,24 +280,58 @@ PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, con
     return sum;
 }
 
-/* The dot product of a row of the matrix with a token. Indices behind the row meet zeros. */
-PLLM_INLINE float dot_looked_up(const row_table *t, const uint8_t *source, const token_spans *token, int d,
-                                int bits, int symmetric)
+/* The products of a span of a row of the matrix with a token, in lanes. Indices behind the row meet zeros. */
+PLLM_INLINE __m256i span_looked_up(const row_table *t, const uint8_t *source, const int16_t *x, ptrdiff_t octets,
+                                   int d, int bits, int symmetric)
 {
     enum { BOTH = LOOK_UP_VECTORS * LOOKED_UP };
-    const int x_bytes = LOOKED_UP * (1 + d * (symmetric ? 1 : 2));
+    const ptrdiff_t x_bytes = LOOKED_UP * (1 + d * (symmetric ? 1 : 2));
+    const uint8_t *const end = source + octets * bits, *const last = end - BOTH / OCTET * bits;
+    const int8_t *bytes = (const int8_t *)x;
+    __m256i sum = _mm256_setzero_si256();
+    for (; source <= last; source += BOTH / OCTET * bits, bytes += LOOK_UP_VECTORS * x_bytes)
+        sum = add_looked_up(t, source, bytes, LOOK_UP_VECTORS, d, bits, symmetric, sum);
+    for (; source < end; source += LOOKED_UP / OCTET * bits, bytes += x_bytes)
+        sum = add_looked_up(t, source, bytes, 1, d, bits, symmetric, sum);
+    return sum;
+}
+
+enum { SPANS_TOGETHER = 8 }; /* their sums over lanes are taken together */
+enum form { FETCHED, PLAIN, SYMMETRIC }; /* how dot_row gets at values */
+
+
+/* Lane i: the sum over the lanes of s[i]; all eight take as many additions as three alone. */
+PLLM_INLINE __m256 sums_of_lanes(const __m256i *s)
+{
+    const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
+    const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(s[4], s[5]), _mm256_hadd_epi32(s[6], s[7]));
+    const __m256i low = _mm256_permute2x128_si256(a, b, 0x20), high = _mm256_permute2x128_si256(a, b, 0x31);
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(low, high));
+}
+
+/* The dot product of a row of the matrix with a token. */
+PLLM_INLINE float dot_row(const row_table *t, const uint8_t *source, const token_spans *token, int d,
+                          int bits, enum form form)
+{
     float dot = 0.0f;
-    for (ptrdiff_t s = 0; s < token->spans; s++) {
-        const int8_t *x = (const int8_t *)(token->x + s * token->width);
-        const ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
-        const uint8_t *const end = source + octets * bits, *const last = end - BOTH / OCTET * bits;
-        __m256i sum = _mm256_setzero_si256();
-        for (; source <= last; source += BOTH / OCTET * bits, x += LOOK_UP_VECTORS * x_bytes)
-            sum = add_looked_up(t, source, x, LOOK_UP_VECTORS, d, bits, symmetric, sum);
-        for (; source < end; source += LOOKED_UP / OCTET * bits, x += x_bytes)
-            sum = add_looked_up(t, source, x, 1, d, bits, symmetric, sum);
-        source = end;
-        dot = fmaf(token->scale[s], (float)sum_of_lanes(sum), dot);
+    for (ptrdiff_t first = 0; first < token->spans; first += SPANS_TOGETHER) {
+        const ptrdiff_t spans = smaller(SPANS_TOGETHER, token->spans - first);
+        const float *const scale = token->scale + first;
+        __m256i sums[SPANS_TOGETHER];
+        float sum[SPANS_TOGETHER];
+        for (ptrdiff_t s = 0; s < spans; s++) {
+            const int16_t *const x = token->x + (first + s) * token->width;
+            const ptrdiff_t octets = first + s + 1 < token->spans ? token->octets : token->last_octets;
+            sums[s] = form == FETCHED
+                          ? span_fetched(t, source, x, octets, d, bits)
+                          : span_looked_up(t, source, x, octets, d, bits, form == SYMMETRIC);
+            source += octets * bits;
+        }
+        for (ptrdiff_t s = spans; s < SPANS_TOGETHER; s++)
+            sums[s] = _mm256_setzero_si256();
+        _mm256_storeu_ps(sum, sums_of_lanes(sums));
+        for (ptrdiff_t s = 0; s < spans; s++)
+            dot = fmaf(scale[s], sum[s], dot);
     }
     return dot;
 }
@@ -331,7 +350,7 @@ PLLM_INLINE float dot_looked_up(const row_table *t, const uint8_t *source, const
     static void dot_##D##_##B(const row_table *t, const uint8_t *const *rows, const token_spans *token, \
                               float *dot) \
     { \
-        dot[0] = dot_fetched(t, rows[0], token, D, B); \
+        dot[0] = dot_row(t, rows[0], token, D, B, FETCHED); \
     }
 EACH_BITS(FETCH_FUNCTIONS, 2)
 EACH_BITS(FETCH_FUNCTIONS, 4)
@@ -342,7 +361,7 @@ EACH_BITS(FETCH_FUNCTIONS, 16)
     static void dot_looked_up_##D##_##B##_##S(const row_table *t, const uint8_t *const *rows, \
                                               const token_spans *token, float *dot) \
     { \
-        dot[0] = dot_looked_up(t, rows[0], token, D, B, S); \
+        dot[0] = dot_row(t, rows[0], token, D, B, S ? SYMMETRIC : PLAIN); \
     }
 #define PLAIN_LOOK_UP(D, B) LOOK_UP_FUNCTION(D, B, 0)
 #define SYMMETRIC_LOOK_UP(D, B) LOOK_UP_FUNCTION(D, B, 1)

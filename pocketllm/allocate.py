@@ -59,8 +59,8 @@ FAST_LADDER: tuple[Shape, ...] = (
     *(Shape(2, 2**b) for b in range(5, 9)),
     *(Shape(1, 2**b) for b in range(5, 9)),
 )
-# Of these, those that are K / 2^d rows of magnitudes with all their signs: so many fewer rows are
-# looked up. For normal values they err so many times as much as K free rows.
+# Shapes of tables that may be K / 2^d rows of magnitudes with all their signs: so many fewer rows
+# are looked up. For normal values they err so many times as much as K free rows.
 SYMMETRIC_ERROR: dict[Shape, float] = {
     Shape(4, 128): 1.09,
     Shape(4, 256): 1.07,
@@ -87,8 +87,8 @@ def codec_bits(spec: CodecSpec) -> int:
 
 
 def is_symmetric(prefer: str, shape: Shape) -> bool:
-    """Does a table of this shape hold magnitudes with all their signs?"""
-    return prefer == "speed" and shape in SYMMETRIC_ERROR
+    """Does a table of this shape hold magnitudes with all their signs, where weights allow it?"""
+    return shape in SYMMETRIC_ERROR and (prefer == "speed" or SYMMETRIC_ERROR[shape] == 1)
 
 
 def predicted_error(shape: Shape, prefer: str = "quality") -> float:

@@ -25,6 +25,8 @@ BATCH = 16384
 SHORT_BATCH, BATCH_PER_CODEWORD = 4096, 4
 SHORT_EPOCHS = 4
 INT8_MAX = 127
+# Correlations and means (in standard deviations) up to here cost a symmetric table 0.002 bits.
+SIGNS_RANDOM = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +103,10 @@ def train_stored_codec(
         PocketError: fewer sub-vectors than codewords.
     """
     foldable = spec.storage != "decoder"
-    symmetric = spec.storage == "table-int8" and is_symmetric(
-        config.prefer, Shape(spec.subvector, spec.codebook)
+    symmetric = (
+        spec.storage == "table-int8"
+        and is_symmetric(config.prefer, Shape(spec.subvector, spec.codebook))
+        and _signs_are_random(_recut(groups, spec.subvector).reshape(-1, spec.subvector))
     )
     if symmetric:
         groups = [np.abs(rows) for rows in groups]
@@ -136,6 +140,16 @@ def train_stored_codec(
     if symmetric:
         table = with_signs(np.maximum(table, 0))
     return StoredCodec(spec, round_table(table, spec.storage), None, result.warnings)
+
+
+def _signs_are_random(x: np.ndarray) -> bool:
+    """Do magnitudes (n, d) say nothing about signs, by means and correlations?"""
+    deviation = x.std(0, dtype=np.float64)
+    if not deviation.all():
+        return False
+    mean = np.abs(x.mean(0, dtype=np.float64)) / deviation
+    correlation = np.abs(np.atleast_2d(np.corrcoef(x, rowvar=False)) - np.eye(x.shape[1]))
+    return max(float(mean.max()), float(correlation.max())) < SIGNS_RANDOM
 
 
 def with_signs(magnitudes: np.ndarray) -> np.ndarray:

@@ -356,3 +356,17 @@ def test_symmetric_tables_err_as_much_as_predicted(shape: Shape) -> None:
     assert (magnitudes >= 0).all()
     np.testing.assert_array_equal(parts["table"], with_signs(magnitudes))
     assert abs(errors["speed"] / errors["quality"] / SYMMETRIC_ERROR[shape] - 1) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["mean", "correlated", "constant"])
+def test_tables_are_not_symmetric_where_signs_are_not_random(kind: str) -> None:
+    rows = np.random.default_rng(7).standard_normal((64, 512), np.float32)
+    if kind == "mean":
+        rows += np.float32(0.5)
+    elif kind == "correlated":
+        rows[:, 1::2] += rows[:, ::2]
+    else:
+        rows[:, 1::2] = 0
+    spec = CodecSpec("c", 2, 64, 16, "input", "table-int8")
+    table = train_stored_codec([rows], spec, PocketConfig(prefer="speed")).parts["table"]
+    assert not np.array_equal(table, with_signs(table[:16]))
