@@ -248,7 +248,8 @@ PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, con
 {
     const __m256i *xs = (const __m256i *)(const void *)x;
     const int base_bits = symmetric ? bits - d : bits, x_vectors = 1 + d * (symmetric ? 1 : 2);
-    __m256i index[LOOK_UP_VECTORS], row[LOOK_UP_VECTORS], value[LOOK_UP_VECTORS][LOOK_UP_VALUES];
+    __m256i index[LOOK_UP_VECTORS], row[LOOK_UP_VECTORS] = {_mm256_setzero_si256()};
+    __m256i value[LOOK_UP_VECTORS][LOOK_UP_VALUES];
     PLLM_UNROLL
     for (int i = 0; i < vectors; i++) {
         row[i] = index[i] = indices_as_bytes(source + LOOKED_UP / OCTET * bits * i, bits);
