@@ -321,10 +321,14 @@ void PLLM_SYM(coder_sum_lanes)(const float *lane_grad, ptrdiff_t params, float *
 
 void PLLM_SYM(coder_sum_chunks)(const float *partial, ptrdiff_t chunks, ptrdiff_t params, float *grad)
 {
-    for (ptrdiff_t i = 0; i < params; i++) {
-        double sum = 0.0;
+    enum { GROUP = 32 };
+    for (ptrdiff_t first = 0; first < params; first += GROUP) {
+        const int group = params - first < GROUP ? (int)(params - first) : GROUP;
+        double sum[GROUP] = {0.0};
         for (ptrdiff_t c = 0; c < chunks; c++)
-            sum += (double)partial[c * params + i];
-        grad[i] = (float)sum;
+            for (int i = 0; i < group; i++)
+                sum[i] += (double)partial[c * params + first + i];
+        for (int i = 0; i < group; i++)
+            grad[first + i] = (float)sum[i];
     }
 }

@@ -100,6 +100,51 @@ PLLM_INLINE void affine(const matrix *m, const float *in, int ins, int outs, con
         affine_tile(1, m, o, in, ins, factor, out);
 }
 
+enum { FEW = 4 };
+
+/* The inputs of one block, at most FEW, in registers. */
+typedef struct {
+    vf16 value[FEW];
+} few_inputs;
+
+PLLM_INLINE few_inputs load_few(const float *in, int ins)
+{
+    few_inputs x;
+    PLLM_UNROLL
+    for (int i = 0; i < ins; i++)
+        x.value[i] = vf16_load(in + i * CODER_LANES);
+    return x;
+}
+
+/* affine without a factor: each weight is read once for all lanes, each input once for all outputs. */
+PLLM_INLINE void affine_few(const matrix *m, const float *in, int ins, int outs, float *out)
+{
+    const few_inputs x = load_few(in, ins);
+    for (int o = 0; o < outs; o++) {
+        const float *w = m->w + o * m->out_stride;
+        vf16 sum = vf16_set1(m->bias[o]);
+        PLLM_UNROLL
+        for (int i = 0; i < ins; i++)
+            sum = vf16_fma(vf16_set1(w[i * m->in_stride]), x.value[i], sum);
+        vf16_store(out + o * CODER_LANES, sum);
+    }
+}
+
+/* affine without a bias. */
+PLLM_INLINE void linear_few(const matrix *m, const float *in, int ins, int outs,
+                            const float *factor, float *out)
+{
+    const few_inputs x = load_few(in, ins);
+    for (int o = 0; o < outs; o++) {
+        const float *w = m->w + o * m->out_stride;
+        vf16 sum = vf16_mul(vf16_set1(w[0]), x.value[0]);
+        PLLM_UNROLL
+        for (int i = 1; i < ins; i++)
+            sum = vf16_fma(vf16_set1(w[i * m->in_stride]), x.value[i], sum);
+        vf16_store(out + o * CODER_LANES, vf16_mul(sum, vf16_load(factor + o * CODER_LANES)));
+    }
+}
+
 /* ---- gradients of the weights ---------------------------------------------------------------- */
 
 /* Channels of a unit: channel c of block b is at [(b * channels + c) * 16]. */
@@ -109,29 +154,24 @@ typedef struct {
 } channel_blocks;
 
 /* lane_grad[i * i_step + j * j_step] += sum over blocks of left[i] right[j] for a tile of `is` by `js`
- * pairs, and, unless left_sum is NULL, left_sum[i] += sum over blocks of left[i]; the lanes of one
- * vector. Steps are in floats. */
+ * pairs; the lanes of one vector. Steps are in floats. */
 PLLM_INLINE void outer_tile(int is, int js, ptrdiff_t blocks, channel_blocks left,
                             channel_blocks right, float *lane_grad, ptrdiff_t i_step,
-                            ptrdiff_t j_step, float *left_sum)
+                            ptrdiff_t j_step)
 {
-    vf sum[2][4], total[2];
+    vf sum[3][4];
     PLLM_UNROLL
     for (int i = 0; i < is; i++) {
-        total[i] = left_sum ? vf_load(left_sum + i * CODER_LANES) : vf_zero();
         PLLM_UNROLL
         for (int j = 0; j < js; j++)
             sum[i][j] = vf_load(lane_grad + i * i_step + j * j_step);
     }
     const float *l = left.values, *r = right.values;
     for (ptrdiff_t b = 0; b < blocks; b++) {
-        vf x[2];
+        vf x[3];
         PLLM_UNROLL
-        for (int i = 0; i < is; i++) {
+        for (int i = 0; i < is; i++)
             x[i] = vf_load(l + i * CODER_LANES);
-            if (left_sum)
-                total[i] = vf_add(total[i], x[i]);
-        }
         PLLM_UNROLL
         for (int j = 0; j < js; j++) {
             const vf y = vf_load(r + j * CODER_LANES);
@@ -144,94 +184,127 @@ PLLM_INLINE void outer_tile(int is, int js, ptrdiff_t blocks, channel_blocks lef
     }
     PLLM_UNROLL
     for (int i = 0; i < is; i++) {
-        if (left_sum)
-            vf_store(left_sum + i * CODER_LANES, total[i]);
         PLLM_UNROLL
         for (int j = 0; j < js; j++)
             vf_store(lane_grad + i * i_step + j * j_step, sum[i][j]);
     }
 }
 
-/* The same for `is` channels of left and all of right. */
+/* The same for `is` channels of left and all of right, and all lanes. */
 PLLM_INLINE void outer_strip(int is, ptrdiff_t blocks, channel_blocks left, channel_blocks right,
-                             float *lane_grad, ptrdiff_t i_step, ptrdiff_t j_step, float *left_sum)
+                             float *lane_grad, ptrdiff_t i_step, ptrdiff_t j_step)
 {
-    const int channels = right.channels;
-    for (int j = 0; j < channels;) {
-        const int four = j + 4 <= channels;
-        const channel_blocks rest = {right.values + j * CODER_LANES, channels};
-        float *grad = lane_grad + j * j_step, *once = j ? NULL : left_sum;
-        if (four)
-            outer_tile(is, 4, blocks, left, rest, grad, i_step, j_step, once);
-        else
-            outer_tile(is, 1, blocks, left, rest, grad, i_step, j_step, once);
-        j += four ? 4 : 1;
+    for (int part = 0; part < CODER_LANES; part += VF_WIDTH) {
+        const channel_blocks l = {left.values + part, left.channels};
+        for (int j = 0; j < right.channels;) {
+            const int rest = right.channels - j, js = rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
+            const channel_blocks r = {right.values + j * CODER_LANES + part, right.channels};
+            float *grad = lane_grad + j * j_step + part;
+            if (js == 4)
+                outer_tile(is, 4, blocks, l, r, grad, i_step, j_step);
+            else if (js == 2)
+                outer_tile(is, 2, blocks, l, r, grad, i_step, j_step);
+            else
+                outer_tile(is, 1, blocks, l, r, grad, i_step, j_step);
+            j += js;
+        }
     }
 }
 
-/* The same for all channels and lanes. */
+/* The same for all channels. Three at a time keep twelve sums in sixteen registers, enough to hide the
+ * latency of a multiply-add; the last four go as twice two. */
 PLLM_INLINE void outer(ptrdiff_t blocks, channel_blocks left, channel_blocks right,
-                       float *lane_grad, ptrdiff_t i_step, ptrdiff_t j_step, float *left_sum)
+                       float *lane_grad, ptrdiff_t i_step, ptrdiff_t j_step)
 {
     for (int i = 0; i < left.channels;) {
-        const int two = i + 2 <= left.channels;
-        for (int part = 0; part < CODER_LANES; part += VF_WIDTH) {
-            const channel_blocks l = {left.values + i * CODER_LANES + part, left.channels};
-            const channel_blocks r = {right.values + part, right.channels};
-            float *grad = lane_grad + i * i_step + part;
-            float *total = left_sum ? left_sum + i * CODER_LANES + part : NULL;
-            if (two)
-                outer_strip(2, blocks, l, r, grad, i_step, j_step, total);
-            else
-                outer_strip(1, blocks, l, r, grad, i_step, j_step, total);
-        }
-        i += two ? 2 : 1;
+        const int rest = left.channels - i, is = rest == 4 || rest == 2 ? 2 : rest == 1 ? 1 : 3;
+        const channel_blocks l = {left.values + i * CODER_LANES, left.channels};
+        float *grad = lane_grad + i * i_step;
+        if (is == 3)
+            outer_strip(3, blocks, l, right, grad, i_step, j_step);
+        else if (is == 2)
+            outer_strip(2, blocks, l, right, grad, i_step, j_step);
+        else
+            outer_strip(1, blocks, l, right, grad, i_step, j_step);
+        i += is;
     }
 }
 
-static void sum_blocks(ptrdiff_t blocks, const float *grad, int channels, float *lane_grad)
+/* lane_grad[c] += sum over blocks of channel c, for `count` channels from one on. */
+PLLM_INLINE void sum_channels(int count, ptrdiff_t blocks, channel_blocks from, float *lane_grad)
 {
-    for (int c = 0; c < channels; c++) {
-        vf16 sum = vf16_load(lane_grad + c * CODER_LANES);
-        for (ptrdiff_t b = 0; b < blocks; b++)
-            sum = vf16_add(sum, vf16_load(grad + (b * channels + c) * CODER_LANES));
-        vf16_store(lane_grad + c * CODER_LANES, sum);
+    vf16 sum[4];
+    PLLM_UNROLL
+    for (int c = 0; c < count; c++)
+        sum[c] = vf16_load(lane_grad + c * CODER_LANES);
+    for (ptrdiff_t b = 0; b < blocks; b++) {
+        const float *block = from.values + b * from.channels * CODER_LANES;
+        PLLM_UNROLL
+        for (int c = 0; c < count; c++)
+            sum[c] = vf16_add(sum[c], vf16_load(block + c * CODER_LANES));
+    }
+    PLLM_UNROLL
+    for (int c = 0; c < count; c++)
+        vf16_store(lane_grad + c * CODER_LANES, sum[c]);
+}
+
+/* The same for all channels; four at a time hide the latency of an addition. */
+PLLM_INLINE void sum_blocks(ptrdiff_t blocks, channel_blocks from, float *lane_grad)
+{
+    for (int c = 0; c < from.channels;) {
+        const channel_blocks rest = {from.values + c * CODER_LANES, from.channels};
+        const int four = c + 4 <= from.channels;
+        if (four)
+            sum_channels(4, blocks, rest, lane_grad + c * CODER_LANES);
+        else
+            sum_channels(1, blocks, rest, lane_grad + c * CODER_LANES);
+        c += four ? 4 : 1;
     }
 }
 
 /* ---- the MLP --------------------------------------------------------------------------------- */
 
-PLLM_INLINE void forward(int d, int h, ptrdiff_t blocks, const float *params, const mlp_tape *tape,
-                         int train, float *out)
+/* few: 1 where d is a constant of at most FEW. */
+PLLM_INLINE void forward(int d, int few, int h, ptrdiff_t blocks, const float *params,
+                         const mlp_tape *tape, int train, float *out)
 {
     const float *w1 = params, *b1 = w1 + h * d, *w2 = b1 + h, *b2 = w2 + d * h;
     const matrix first = {w1, b1, d, 1}, second = {w2, b2, h, 1};
     for (ptrdiff_t b = 0; b < blocks; b++) {
+        const float *in = tape->in + b * d * CODER_LANES;
         float *active = tape->active + b * h * CODER_LANES;
-        affine(&first, tape->in + b * d * CODER_LANES, d, h, NULL, active);
+        if (few)
+            affine_few(&first, in, d, h, active);
+        else
+            affine(&first, in, d, h, NULL, active);
         gelu_block(h, active, train ? tape->slope + b * h * CODER_LANES : NULL);
         affine(&second, active, h, d, NULL, out + b * d * CODER_LANES);
     }
 }
 
-PLLM_INLINE void backward(int d, int h, ptrdiff_t blocks, const float *params,
+/* few: as in forward. */
+PLLM_INLINE void backward(int d, int few, int h, ptrdiff_t blocks, const float *params,
                           const mlp_tape *tape, const float *grad_out, float *hidden,
                           float *lane_grad, float *grad_in)
 {
     const float *w1 = params, *w2 = w1 + h * d + h;
     const matrix second = {w2, NULL, 1, h}, first = {w1, NULL, 1, d};
     for (ptrdiff_t b = 0; b < blocks; b++) {
+        const float *grad = grad_out + b * d * CODER_LANES, *slope = tape->slope + b * h * CODER_LANES;
         float *g = hidden + b * h * CODER_LANES;
-        const float *slope = tape->slope + b * h * CODER_LANES;
-        affine(&second, grad_out + b * d * CODER_LANES, d, h, slope, g);
+        if (few)
+            linear_few(&second, grad, d, h, slope, g);
+        else
+            affine(&second, grad, d, h, slope, g);
         if (grad_in)
             affine(&first, g, h, d, NULL, grad_in + b * d * CODER_LANES);
     }
     float *g1 = lane_grad, *gb1 = g1 + h * d * CODER_LANES, *g2 = gb1 + h * CODER_LANES;
-    const channel_blocks outs = {grad_out, d}, ins = {tape->in, d};
-    outer(blocks, (channel_blocks){hidden, h}, ins, g1, d * CODER_LANES, CODER_LANES, gb1);
-    outer(blocks, (channel_blocks){tape->active, h}, outs, g2, CODER_LANES, h * CODER_LANES, NULL);
-    sum_blocks(blocks, grad_out, d, g2 + d * h * CODER_LANES);
+    const channel_blocks outs = {grad_out, d}, ins = {tape->in, d}, inner = {hidden, h};
+    outer(blocks, inner, ins, g1, d * CODER_LANES, CODER_LANES);
+    sum_blocks(blocks, inner, gb1);
+    outer(blocks, (channel_blocks){tape->active, h}, outs, g2, CODER_LANES, h * CODER_LANES);
+    sum_blocks(blocks, outs, g2 + d * h * CODER_LANES);
 }
 
 /* The common sizes of a sub-vector are constants to the compiler. */
@@ -239,13 +312,13 @@ void PLLM_SYM(coder_mlp)(int d, int h, ptrdiff_t blocks, const float *params, co
                          int train, float *out)
 {
     if (d == 2)
-        forward(2, h, blocks, params, tape, train, out);
+        forward(2, 1, h, blocks, params, tape, train, out);
     else if (d == 4)
-        forward(4, h, blocks, params, tape, train, out);
+        forward(4, 1, h, blocks, params, tape, train, out);
     else if (d == 8)
-        forward(8, h, blocks, params, tape, train, out);
+        forward(8, 0, h, blocks, params, tape, train, out);
     else
-        forward(d, h, blocks, params, tape, train, out);
+        forward(d, 0, h, blocks, params, tape, train, out);
 }
 
 void PLLM_SYM(coder_mlp_backward)(int d, int h, ptrdiff_t blocks, const float *params,
@@ -253,11 +326,11 @@ void PLLM_SYM(coder_mlp_backward)(int d, int h, ptrdiff_t blocks, const float *p
                                   float *lane_grad, float *grad_in)
 {
     if (d == 2)
-        backward(2, h, blocks, params, tape, grad_out, hidden, lane_grad, grad_in);
+        backward(2, 1, h, blocks, params, tape, grad_out, hidden, lane_grad, grad_in);
     else if (d == 4)
-        backward(4, h, blocks, params, tape, grad_out, hidden, lane_grad, grad_in);
+        backward(4, 1, h, blocks, params, tape, grad_out, hidden, lane_grad, grad_in);
     else if (d == 8)
-        backward(8, h, blocks, params, tape, grad_out, hidden, lane_grad, grad_in);
+        backward(8, 0, h, blocks, params, tape, grad_out, hidden, lane_grad, grad_in);
     else
-        backward(d, h, blocks, params, tape, grad_out, hidden, lane_grad, grad_in);
+        backward(d, 0, h, blocks, params, tape, grad_out, hidden, lane_grad, grad_in);
 }

@@ -51,16 +51,27 @@ static step_memory place(const step_state *t, float *memory)
 }
 
 /* Codewords of sub-vectors first.. as blocks; lanes behind the last get zeros. */
-static void load_codewords(const pllm_step *s, ptrdiff_t first, ptrdiff_t count, float *blocks)
+PLLM_INLINE void gather_codewords(const pllm_step *s, ptrdiff_t first, ptrdiff_t count, const int d,
+                                  float *blocks)
 {
-    int d = s->coder.d;
-    ptrdiff_t padded = (count + CODER_LANES - 1) / CODER_LANES * CODER_LANES;
-    for (ptrdiff_t i = 0; i < padded; i++) {
-        const float *codeword = i < count ? s->codebook + (ptrdiff_t)s->index[first + i] * d : NULL;
+    const ptrdiff_t used = (count + CODER_LANES - 1) / CODER_LANES;
+    memset(blocks + (used - 1) * d * CODER_LANES, 0, (size_t)d * CODER_LANES * sizeof *blocks);
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const float *codeword = s->codebook + (ptrdiff_t)s->index[first + i] * d;
         float *out = blocks + i / CODER_LANES * d * CODER_LANES + i % CODER_LANES;
         for (int c = 0; c < d; c++)
-            out[c * CODER_LANES] = codeword ? codeword[c] : 0.0f;
+            out[c * CODER_LANES] = codeword[c];
     }
+}
+
+static void load_codewords(const pllm_step *s, ptrdiff_t first, ptrdiff_t count, float *blocks)
+{
+    if (s->coder.d == 4)
+        gather_codewords(s, first, count, 4, blocks);
+    else if (s->coder.d == 8)
+        gather_codewords(s, first, count, 8, blocks);
+    else
+        gather_codewords(s, first, count, s->coder.d, blocks);
 }
 
 /* Weights of the squared errors as blocks; lanes behind the last get zeros. */
@@ -166,17 +177,28 @@ static void run_chunk(const step_state *t, const step_memory *m, ptrdiff_t chunk
 }
 
 /* In order of the sub-vectors: the same for any number of threads. */
-static void codebook_gradient(const pllm_step *s, ptrdiff_t count)
+PLLM_INLINE void add_pulls(const pllm_step *s, ptrdiff_t count, const int d, float pull)
 {
-    int d = s->coder.d;
-    const float pull = (float)(2.0 * (double)s->codebook_loss / ((double)count * d));
-    memset(s->grad_codebook, 0, (size_t)s->k * (size_t)d * sizeof *s->grad_codebook);
     for (ptrdiff_t i = 0; i < count; i++) {
         const float *codeword = s->codebook + (ptrdiff_t)s->index[i] * d, *z = s->latents + i * d;
-        float *grad = s->grad_codebook + (ptrdiff_t)s->index[i] * d;
+        float *grad = s->grad_codebook + (ptrdiff_t)s->index[i] * d, sum[PLLM_MAX_SUBVECTOR];
         for (int c = 0; c < d; c++)
-            grad[c] += pull * (codeword[c] - z[c]);
+            sum[c] = grad[c] + pull * (codeword[c] - z[c]);
+        memcpy(grad, sum, (size_t)d * sizeof *grad);
     }
+}
+
+static void codebook_gradient(const pllm_step *s, ptrdiff_t count)
+{
+    const int d = s->coder.d;
+    const float pull = (float)(2.0 * (double)s->codebook_loss / ((double)count * d));
+    memset(s->grad_codebook, 0, (size_t)s->k * (size_t)d * sizeof *s->grad_codebook);
+    if (d == 4)
+        add_pulls(s, count, 4, pull);
+    else if (d == 8)
+        add_pulls(s, count, 8, pull);
+    else
+        add_pulls(s, count, d, pull);
 }
 
 static void gather_results(step_state *t, pllm_step *s)
