@@ -19,9 +19,9 @@ enum {
     FEW_TOKENS = 16,
     TOKEN_GROUP = 16,    /* tokens that meet all rows of a tile while their span stays in cache */
     TOKEN_BLOCK = 256,   /* tokens per pass over the matrix */
-    LARGEST_BYTE = 127,
-    LARGEST_MULTIPLIER = 257,
-    LARGEST = LARGEST_BYTE * LARGEST_MULTIPLIER, /* of an activation */
+    LARGEST_BYTE = 127,       /* of an activation, either sign */
+    LARGEST_MULTIPLIER = 257, /* of a block of them */
+    LARGEST = LARGEST_BYTE * LARGEST_MULTIPLIER,
     DOT_ROWS = 4,        /* sums in registers: rows */
 #if defined(PLLM_ISA_AVX512)
     DOT_TOKENS = 4, /* times tokens; of 32 registers, and each sum waits five cycles for the one before */
@@ -289,7 +289,7 @@ static size_t place(view *v, ptrdiff_t n, char *memory)
 }
 
 int PLLM_SYM(infer_multiply_integer)(const pllm_matrix *w, const float *x, ptrdiff_t n,
-                                   const float *bias, float *y, int threads)
+                                     const float *bias, float *y, int threads)
 {
     view v = view_of(w, n);
     const ptrdiff_t work = w->out_features * v.count * (1 + v.table.d * n / 32);

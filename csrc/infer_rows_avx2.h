@@ -111,8 +111,8 @@ PLLM_INLINE void decode_fetched(const row_table *table, const uint8_t *source, p
 }
 
 /* The products of a span of a row of the matrix with a token, in lanes; d / 2 vectors an octet, in two sums. */
-PLLM_INLINE __m256i span_fetched(const row_table *table, const uint8_t *source, const int16_t *x, ptrdiff_t octets,
-                                 int d, int bits)
+PLLM_INLINE __m256i span_fetched(const row_table *table, const uint8_t *source, const int16_t *x,
+                                 ptrdiff_t octets, int d, int bits)
 {
     const char *const t = table->rows;
     const int wide = d << bits <= WIDE_VALUES;
@@ -243,8 +243,8 @@ PLLM_INLINE void decode_single(const row_table *t, const uint8_t *source, ptrdif
 
 /* sum + the products of `vectors` times 32 rows with the bytes at x (arrange_bytes). A product of bytes is that
  * of an unsigned with a signed one: of a magnitude with what got its sign, so that pairs stay in int16. */
-PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, const int8_t *x, int vectors, int d,
-                                  int bits, int symmetric, __m256i sum)
+PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, const int8_t *x, int vectors,
+                                  int d, int bits, int symmetric, __m256i sum)
 {
     const __m256i *xs = (const __m256i *)(const void *)x;
     const int base_bits = symmetric ? bits - d : bits, x_vectors = 1 + d * (symmetric ? 1 : 2);
@@ -282,8 +282,8 @@ PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, con
 }
 
 /* The products of a span of a row of the matrix with a token, in lanes. Indices behind the row meet zeros. */
-PLLM_INLINE __m256i span_looked_up(const row_table *t, const uint8_t *source, const int16_t *x, ptrdiff_t octets,
-                                   int d, int bits, int symmetric)
+PLLM_INLINE __m256i span_looked_up(const row_table *t, const uint8_t *source, const int16_t *x,
+                                   ptrdiff_t octets, int d, int bits, int symmetric)
 {
     enum { BOTH = LOOK_UP_VECTORS * LOOKED_UP };
     const ptrdiff_t x_bytes = LOOKED_UP * (1 + d * (symmetric ? 1 : 2));
@@ -299,7 +299,6 @@ PLLM_INLINE __m256i span_looked_up(const row_table *t, const uint8_t *source, co
 
 enum { SPANS_TOGETHER = 8 }; /* their sums over lanes are taken together */
 enum form { FETCHED, PLAIN, SYMMETRIC }; /* how dot_row gets at values */
-
 
 /* Lane i: the sum over the lanes of s[i]; all eight take as many additions as three alone. */
 PLLM_INLINE __m256 sums_of_lanes(const __m256i *s)
