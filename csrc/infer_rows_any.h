@@ -13,7 +13,7 @@ enum {
     WIDE_VALUES = 8192, /* tables up to this size are held as int16, in half a first-level cache */
     PAIRED_BITS = 12,      /* tables of pairs of codewords may have indices of so many bits */
     PAIRED_VALUES = 16384, /* and so many values */
-    DOT_TOGETHER = 1
+    DOT_TOGETHER = 4 /* rows whose sums over lanes are taken together */
 };
 
 /* Rows of d values, 2^bits of them: int16 when `wide`, else int8. */

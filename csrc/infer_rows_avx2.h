@@ -286,54 +286,58 @@ PLLM_INLINE __m256i span_looked_up(const row_table *t, const uint8_t *source, co
                                    ptrdiff_t octets, int d, int bits, int symmetric)
 {
     enum { BOTH = LOOK_UP_VECTORS * LOOKED_UP };
-    const ptrdiff_t x_bytes = LOOKED_UP * (1 + d * (symmetric ? 1 : 2));
-    const uint8_t *const end = source + octets * bits, *const last = end - BOTH / OCTET * bits;
+    const int x_bytes = LOOKED_UP * (1 + d * (symmetric ? 1 : 2));
+    const int source_step = BOTH / OCTET * bits, x_step = LOOK_UP_VECTORS * x_bytes;
+    const uint8_t *const end = source + octets * bits, *const last = end - source_step;
     const int8_t *bytes = (const int8_t *)x;
     __m256i sum = _mm256_setzero_si256();
-    for (; source <= last; source += BOTH / OCTET * bits, bytes += LOOK_UP_VECTORS * x_bytes)
+    if (symmetric && octets == SPAN_VALUES / d / OCTET) { /* short enough to do without a loop */
+        PLLM_UNROLL
+        for (int i = 0; i < SPAN_VALUES / d / BOTH; i++)
+            sum = add_looked_up(t, source + i * source_step, bytes + i * x_step, LOOK_UP_VECTORS, d, bits,
+                                symmetric, sum);
+        return sum;
+    }
+    for (; source <= last; source += source_step, bytes += x_step)
         sum = add_looked_up(t, source, bytes, LOOK_UP_VECTORS, d, bits, symmetric, sum);
     for (; source < end; source += LOOKED_UP / OCTET * bits, bytes += x_bytes)
         sum = add_looked_up(t, source, bytes, 1, d, bits, symmetric, sum);
     return sum;
 }
 
-enum { SPANS_TOGETHER = 8 }; /* their sums over lanes are taken together */
-enum form { FETCHED, PLAIN, SYMMETRIC }; /* how dot_row gets at values */
+enum { SPANS_TOGETHER = 32 }; /* of a row, before those of the next: rows read in parts take half as long again */
+enum form { FETCHED, PLAIN, SYMMETRIC }; /* how dot_rows gets at values */
 
-/* Lane i: the sum over the lanes of s[i]; all eight take as many additions as three alone. */
-PLLM_INLINE __m256 sums_of_lanes(const __m256i *s)
+/* The sums over the lanes of four vectors. */
+PLLM_INLINE __m128i sums_of_lanes(const __m256i *s)
 {
-    const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
-    const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(s[4], s[5]), _mm256_hadd_epi32(s[6], s[7]));
-    const __m256i low = _mm256_permute2x128_si256(a, b, 0x20), high = _mm256_permute2x128_si256(a, b, 0x31);
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(low, high));
+    const __m256i sums = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
+    return _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
 }
 
-/* The dot product of a row of the matrix with a token. */
-PLLM_INLINE float dot_row(const row_table *t, const uint8_t *source, const token_spans *token, int d,
-                          int bits, enum form form)
+/* dot (DOT_TOGETHER) = the dot products of as many rows of the matrix with a token. */
+PLLM_INLINE void dot_rows(const row_table *t, const uint8_t *const *rows, const token_spans *token, int d,
+                          int bits, enum form form, float *dot)
 {
-    float dot = 0.0f;
+    __m128 total = _mm_setzero_ps();
     for (ptrdiff_t first = 0; first < token->spans; first += SPANS_TOGETHER) {
-        const ptrdiff_t spans = smaller(SPANS_TOGETHER, token->spans - first);
-        const float *const scale = token->scale + first;
-        __m256i sums[SPANS_TOGETHER];
-        float sum[SPANS_TOGETHER];
-        for (ptrdiff_t s = 0; s < spans; s++) {
-            const int16_t *const x = token->x + (first + s) * token->width;
-            const ptrdiff_t octets = first + s + 1 < token->spans ? token->octets : token->last_octets;
-            sums[s] = form == FETCHED
-                          ? span_fetched(t, source, x, octets, d, bits)
-                          : span_looked_up(t, source, x, octets, d, bits, form == SYMMETRIC);
-            source += octets * bits;
+        const ptrdiff_t behind = smaller(first + SPANS_TOGETHER, token->spans);
+        __m256i sums[SPANS_TOGETHER][DOT_TOGETHER];
+        for (int r = 0; r < DOT_TOGETHER; r++) {
+            const uint8_t *source = rows[r] + first * token->octets * bits;
+            for (ptrdiff_t s = first; s < behind; s++, source += token->octets * bits) {
+                const int16_t *const x = token->x + s * token->width;
+                const ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
+                sums[s - first][r] = form == FETCHED
+                                         ? span_fetched(t, source, x, octets, d, bits)
+                                         : span_looked_up(t, source, x, octets, d, bits, form == SYMMETRIC);
+            }
         }
-        for (ptrdiff_t s = spans; s < SPANS_TOGETHER; s++)
-            sums[s] = _mm256_setzero_si256();
-        _mm256_storeu_ps(sum, sums_of_lanes(sums));
-        for (ptrdiff_t s = 0; s < spans; s++)
-            dot = fmaf(scale[s], sum[s], dot);
+        for (ptrdiff_t s = first; s < behind; s++)
+            total = _mm_fmadd_ps(_mm_set1_ps(token->scale[s]), _mm_cvtepi32_ps(sums_of_lanes(sums[s - first])),
+                                 total);
     }
-    return dot;
+    _mm_storeu_ps(dot, total);
 }
 
 #define FROM_5_TO_8(X, D) X(D, 5) X(D, 6) X(D, 7) X(D, 8)
@@ -350,7 +354,7 @@ PLLM_INLINE float dot_row(const row_table *t, const uint8_t *source, const token
     static void dot_##D##_##B(const row_table *t, const uint8_t *const *rows, const token_spans *token, \
                               float *dot) \
     { \
-        dot[0] = dot_row(t, rows[0], token, D, B, FETCHED); \
+        dot_rows(t, rows, token, D, B, FETCHED, dot); \
     }
 EACH_BITS(FETCH_FUNCTIONS, 2)
 EACH_BITS(FETCH_FUNCTIONS, 4)
@@ -361,7 +365,7 @@ EACH_BITS(FETCH_FUNCTIONS, 16)
     static void dot_looked_up_##D##_##B##_##S(const row_table *t, const uint8_t *const *rows, \
                                               const token_spans *token, float *dot) \
     { \
-        dot[0] = dot_row(t, rows[0], token, D, B, S ? SYMMETRIC : PLAIN); \
+        dot_rows(t, rows, token, D, B, S ? SYMMETRIC : PLAIN, dot); \
     }
 #define PLAIN_LOOK_UP(D, B) LOOK_UP_FUNCTION(D, B, 0)
 #define SYMMETRIC_LOOK_UP(D, B) LOOK_UP_FUNCTION(D, B, 1)
