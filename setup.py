@@ -80,7 +80,7 @@ class BuildKernels(build_ext):
         sanitizer = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
         optimise = ["-g", "-O1", "-fno-omit-frame-pointer", "-DPLLM_NO_UNROLL"]
         optimise = optimise if sanitize else ["-g0", "-O3"]
-        # Python's own flags may hold -fwrapv, which makes loops over ints slower; no kernel relies on it.
+        # Python may bring -fwrapv, which makes loops over ints slower; no kernel relies on it.
         flags = ["-std=c11", "-fno-wrapv", *optimise, *sanitizer, "-ffp-contract=off", "-fopenmp"]
         flags += ["-fvisibility=hidden", "-UNDEBUG" if sanitize else "-DNDEBUG", *WARNINGS]
         if os.environ.get("POCKETLLM_WERROR", "0") not in ("", "0"):
