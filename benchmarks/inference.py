@@ -101,7 +101,9 @@ class Packed:
                 packed, self.columns, first, part, self.codec, self.scale
             ).astype(np.float64)
             want, size = x @ weight.T, np.abs(x) @ np.abs(weight).T
-            step = np.abs(x).max(1, keepdims=True) / 250 * np.abs(weight).sum(1)
+            d, codewords, _ = self.shape
+            steps = 250 if codewords <= 256 and d in (1, 2, 4) else 65000  # bytes, int16
+            step = np.abs(x).max(1, keepdims=True) / steps * np.abs(weight).sum(1)
             for activations, bound in (("float32", 1e-6 * size), ("integer", 1e-6 * size + step)):
                 product = kernels.matmul(
                     x, packed, self.rows, self.codec, self.scale, activations=activations

@@ -88,7 +88,7 @@ static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tok
     row_table t = {.d = c->d, .bits = c->index_bits};
     if (tokens == 1) {
         t.symmetric = is_symmetric(c);
-        t.looked_up = is_looked_up(t.d, t.bits, t.symmetric) && has_negatives(c);
+        t.looked_up = is_looked_up(t.d, t.bits, t.symmetric) && (t.symmetric || has_negatives(c));
     }
     if (t.looked_up && !t.symmetric)
         pair_up(&t, indices, 4, 4, PAIRED_VALUES); /* sixteen rows are one look-up, whatever their number */
@@ -105,14 +105,15 @@ static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tok
     return t;
 }
 
-/* What 32 indices of a span take when looked_up. */
-PLLM_INLINE int looked_up_bytes(const row_table *t) { return LOOKED_UP * (1 + t->d * (t->symmetric ? 1 : 2)); }
+/* What 32 indices of a span take when looked_up, see arrange_bytes. */
+PLLM_INLINE int looked_up_bytes(int d, int symmetric) { return LOOKED_UP * (1 + d * (symmetric ? 1 : 2)); }
 
 /* Values of a span as it is laid out for the products. */
 static ptrdiff_t span_width(const row_table *t, ptrdiff_t span)
 {
     if (t->looked_up)
-        return round_up(span, LOOKED_UP) / LOOKED_UP * looked_up_bytes(t) / (ptrdiff_t)sizeof(int16_t);
+        return round_up(span, LOOKED_UP) / LOOKED_UP * looked_up_bytes(t->d, t->symmetric) /
+               (ptrdiff_t)sizeof(int16_t);
     return round_up(span * t->stride, SPAN_STEP);
 }
 

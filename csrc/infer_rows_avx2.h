@@ -247,7 +247,7 @@ PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, con
                                   int d, int bits, int symmetric, __m256i sum)
 {
     const __m256i *xs = (const __m256i *)(const void *)x;
-    const int base_bits = symmetric ? bits - d : bits, x_vectors = 1 + d * (symmetric ? 1 : 2);
+    const int base_bits = symmetric ? bits - d : bits, x_vectors = looked_up_bytes(d, symmetric) / LOOKED_UP;
     __m256i index[LOOK_UP_VECTORS], row[LOOK_UP_VECTORS] = {_mm256_setzero_si256()};
     __m256i value[LOOK_UP_VECTORS][LOOK_UP_VALUES];
     PLLM_UNROLL
@@ -286,7 +286,7 @@ PLLM_INLINE __m256i span_looked_up(const row_table *t, const uint8_t *source, co
                                    ptrdiff_t octets, int d, int bits, int symmetric)
 {
     enum { BOTH = LOOK_UP_VECTORS * LOOKED_UP };
-    const int x_bytes = LOOKED_UP * (1 + d * (symmetric ? 1 : 2));
+    const int x_bytes = looked_up_bytes(d, symmetric);
     const int source_step = BOTH / OCTET * bits, x_step = LOOK_UP_VECTORS * x_bytes;
     const uint8_t *const end = source + octets * bits, *const last = end - source_step;
     const int8_t *bytes = (const int8_t *)x;
@@ -308,13 +308,6 @@ PLLM_INLINE __m256i span_looked_up(const row_table *t, const uint8_t *source, co
 enum { SPANS_TOGETHER = 32 }; /* of a row, before those of the next: rows read in parts take half as long again */
 enum form { FETCHED, PLAIN, SYMMETRIC }; /* how dot_rows gets at values */
 
-/* The sums over the lanes of four vectors. */
-PLLM_INLINE __m128i sums_of_lanes(const __m256i *s)
-{
-    const __m256i sums = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
-    return _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-}
-
 /* dot (DOT_TOGETHER) = the dot products of as many rows of the matrix with a token. */
 PLLM_INLINE void dot_rows(const row_table *t, const uint8_t *const *rows, const token_spans *token, int d,
                           int bits, enum form form, float *dot)
@@ -333,9 +326,13 @@ PLLM_INLINE void dot_rows(const row_table *t, const uint8_t *const *rows, const 
                                          : span_looked_up(t, source, x, octets, d, bits, form == SYMMETRIC);
             }
         }
-        for (ptrdiff_t s = first; s < behind; s++)
-            total = _mm_fmadd_ps(_mm_set1_ps(token->scale[s]), _mm_cvtepi32_ps(sums_of_lanes(sums[s - first])),
-                                 total);
+        for (ptrdiff_t s = first; s < behind; s++) {
+            const __m256i *const here = sums[s - first];
+            int32_t sum[DOT_TOGETHER];
+            vi_sum4(sum, here[0], here[1], here[2], here[3]);
+            const __m128i whole = _mm_loadu_si128((const __m128i *)(const void *)sum);
+            total = _mm_fmadd_ps(_mm_set1_ps(token->scale[s]), _mm_cvtepi32_ps(whole), total);
+        }
     }
     _mm_storeu_ps(dot, total);
 }

@@ -103,16 +103,18 @@ def train_stored_codec(
         PocketError: fewer sub-vectors than codewords.
     """
     foldable = spec.storage != "decoder"
+    if foldable:
+        groups = [_recut(groups, spec.subvector)]
     symmetric = (
         spec.storage == "table-int8"
         and is_symmetric(config.prefer, Shape(spec.subvector, spec.codebook))
-        and _signs_are_random(_recut(groups, spec.subvector).reshape(-1, spec.subvector))
+        and _signs_are_random(groups[0].reshape(-1, spec.subvector))
     )
     if symmetric:
-        groups = [np.abs(rows) for rows in groups]
+        groups = [np.abs(groups[0])]
     codewords = spec.codebook >> (spec.subvector if symmetric else 0)
     result = train_codec(
-        _recut(groups, spec.subvector) if foldable else groups,
+        groups,
         subvector=spec.subvector,
         codewords=codewords,
         hidden=spec.hidden,
@@ -133,7 +135,7 @@ def train_stored_codec(
         return StoredCodec(spec, parts, codec.encoder, result.warnings)
     table = refine_table(
         codec.fold(),
-        _recut(groups, spec.subvector),
+        groups[0],
         iterations=REFINE_ITERATIONS,
         seed=config.seed,
     )

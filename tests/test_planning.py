@@ -26,7 +26,7 @@ def test_every_codec_is_learnt_from_some_matrix(architecture: str, bits: float) 
 def test_speeds_are_measured_and_slow_codecs_named(capsys: pytest.CaptureFixture[str]) -> None:
     config = PocketConfig(subvector=4, codebook=32, norm="rln")
     plan = make_plan(tiny_model("llama"), config)
-    plan.speeds = predict_speeds(plan, PocketConfig())
+    plan.speeds = predict_speeds(plan, config)
     # A decoder that runs for every row cannot keep up with a dense matrix.
     (name,) = plan.codecs
     assert 0 < plan.speeds[name] < 1
