@@ -79,10 +79,29 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+# A compression that waits, once some parts are stored, for a signal to end it.
+WAITING = """
+import sys, time
+from pocketllm import cli
+from pocketllm.workspace import Workspace
+
+store, stored = Workspace.store, []
+
+def waiting_store(self, name, arrays):
+    if len(stored) == 3:
+        time.sleep(120)
+    store(self, name, arrays)
+    stored.append(name)
+
+Workspace.store = waiting_store
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """A command in a process of its own."""
+    """A command in a process of its own, which stores three parts."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pocketllm", *arguments],
+        [sys.executable, "-c", WAITING, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -90,16 +109,15 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def stop_after_parts(process: subprocess.Popen[str], out: Path, count: int, number: int) -> str:
-    """Send a signal once that many parts are stored; return what was said on standard error."""
+def stop_after_parts(process: subprocess.Popen[str], out: Path, number: int) -> str:
+    """Send a signal once the parts are stored; return what was said on standard error."""
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if len(list(partial(out).glob("*.safetensors"))) >= count:
-            process.send_signal(number)
-            break
-        time.sleep(0.001)
+    while len(list(partial(out).glob("*.safetensors"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, "it did not store its parts"
+        time.sleep(0.01)
+    process.send_signal(number)
     _, said = process.communicate(timeout=120)
-    assert process.returncode != 0, f"it ended before {count} parts were stored"
+    assert process.returncode != 0
     return said
 
 
@@ -231,7 +249,7 @@ def test_resume_after_signal(
 ) -> None:
     out = tmp_path / "small"
     process = start(["compress", *job, str(out)])
-    said = stop_after_parts(process, out, 3, number)
+    said = stop_after_parts(process, out, number)
     assert not out.exists() and "Traceback" not in said
     if number == signal.SIGINT:
         assert process.returncode == cli.INTERRUPTED
