@@ -256,22 +256,6 @@ static void multiply_tile(const view *v, ptrdiff_t first, ptrdiff_t rows, const 
     }
 }
 
-/* y (n, out) of the tile's rows and panels, from c. */
-static void finish_tile(const view *v, ptrdiff_t first, ptrdiff_t rows, const panels *p,
-                        ptrdiff_t begin, ptrdiff_t end, const float *c, const float *x_sum,
-                        const float *bias, float *y)
-{
-    for (ptrdiff_t i = begin; i < end; i++) {
-        const ptrdiff_t width = panel_width(p, i), token = i * WIDE;
-        for (ptrdiff_t t = 0; t < smaller(width, p->tokens - token); t++)
-            for (ptrdiff_t r = 0; r < rows; r++)
-                y[(token + t) * v->w->out_features + first + r] =
-                    finish_product(v->w, first + r, v->plan.factor, c[r * width + t],
-                                   x_sum[token + t], bias ? bias[first + r] : 0.0f);
-        c += tile_rows(v) * width;
-    }
-}
-
 static int multiply_many(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias,
                          float *y, int threads)
 {
@@ -279,7 +263,7 @@ static int multiply_many(const pllm_matrix *w, const float *x, ptrdiff_t n, cons
     const panels p = panels_for(n);
     const int used = threads_for(&v, w->out_features, n, threads);
     const ptrdiff_t block = TOKEN_BLOCK / WIDE, height = tile_rows(&v);
-    const size_t packed = (size_t)(p.width * v.length), sums = (size_t)round_up(n, 16);
+    const size_t packed = (size_t)(p.width * v.length), sums = (size_t)round_up(p.width, 16);
     const size_t shared = packed + sums + (size_t)round_up((ptrdiff_t)widened_floats(w->codec), 16);
     const size_t per_thread =
         (size_t)(height * (v.stride + TOKEN_BLOCK)) + (size_t)round_up((ptrdiff_t)decoder_floats(&v), 16);
@@ -288,6 +272,7 @@ static int multiply_many(const pllm_matrix *w, const float *x, ptrdiff_t n, cons
         return PLLM_ENOMEM;
     float *const x_sum = memory + packed, *const scratch = memory + shared;
     widen_table(&v, x_sum + sums);
+    memset(x_sum, 0, sums * sizeof *x_sum);
     sum_tokens(w, x, n, x_sum);
 #pragma omp parallel num_threads(used) if (used > 1)
     {
@@ -302,7 +287,7 @@ static int multiply_many(const pllm_matrix *w, const float *x, ptrdiff_t n, cons
             for (ptrdiff_t begin = 0; begin < p.count; begin += block) {
                 const ptrdiff_t end = smaller(begin + block, p.count);
                 multiply_tile(&v, first, rows, &p, memory, begin, end, tile, c);
-                finish_tile(&v, first, rows, &p, begin, end, c, x_sum, bias, y);
+                finish_panels(w, v.plan.factor, first, rows, &p, begin, end, height, c, x_sum, bias, y);
             }
         }
     }

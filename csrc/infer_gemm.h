@@ -6,7 +6,7 @@
 #ifndef PLLM_INFER_GEMM_H
 #define PLLM_INFER_GEMM_H
 
-#include "kernel.h"
+#include "infer_panels.h"
 
 /* ---- a few tokens: sixteen partial sums per (row, token), positions mod 16 ------------------- */
 
@@ -52,23 +52,6 @@ static void dot_rows(const float *w, ptrdiff_t w_stride, const float *x, ptrdiff
 
 /* ---- many tokens: panels of tokens in lanes, one chain of fma per product -------------------- */
 
-/* Register tile: MICRO_ROWS rows times MICRO_VECTORS vectors of tokens, and for what is left over
- * (or few tokens) twice the rows times half the tokens. */
-#if defined(PLLM_ISA_AVX512)
-enum { MICRO_ROWS = 12, MICRO_VECTORS = 2 };
-#elif defined(PLLM_ISA_AVX2)
-enum { MICRO_ROWS = 6, MICRO_VECTORS = 2 };
-#elif defined(PLLM_ISA_NEON)
-enum { MICRO_ROWS = 6, MICRO_VECTORS = 4 };
-#else
-enum { MICRO_ROWS = 2, MICRO_VECTORS = 2 };
-#endif
-enum {
-    WIDE = MICRO_VECTORS * VF_WIDTH, /* tokens of a panel */
-    NARROW = WIDE / 2,               /* tokens of the last panel, when that is enough */
-    TILE_ROWS = 48                   /* rows decoded at a time; a multiple of 2 MICRO_ROWS */
-};
-
 /* c (rows, tokens) += w (rows, k) * x (k, tokens), k ascending, one fma each. */
 PLLM_INLINE void micro_tile(int rows, int vectors, const float *w, ptrdiff_t w_stride,
                             const float *x, ptrdiff_t k, float *c)
@@ -107,32 +90,12 @@ static void micro_narrow(const float *w, ptrdiff_t w_stride, const float *x, ptr
     micro_tile(2 * MICRO_ROWS, MICRO_VECTORS / 2, w, w_stride, x, k, c);
 }
 
-/* Tokens as panels: full ones of WIDE tokens, then one of WIDE or NARROW for the rest. */
-typedef struct {
-    ptrdiff_t tokens; /* n */
-    ptrdiff_t count;  /* panels */
-    ptrdiff_t width;  /* sum of the panels' widths */
-} panels;
-
-static panels panels_for(ptrdiff_t n)
-{
-    const ptrdiff_t rest = n % WIDE;
-    const ptrdiff_t last = rest == 0 ? 0 : rest <= NARROW ? NARROW : WIDE;
-    return (panels){n, n / WIDE + (last > 0), n - rest + last};
-}
-
-static ptrdiff_t panel_width(const panels *p, ptrdiff_t i)
-{
-    return i + 1 < p->count ? WIDE : p->width - i * WIDE;
-}
-
 /* target (length, width of panel i) = the panel's tokens of x (n, columns), transposed, with zeros
  * behind the columns and for missing tokens. */
 static void pack_panel(const panels *p, ptrdiff_t i, const float *x, ptrdiff_t columns,
                        ptrdiff_t length, float *target)
 {
-    const ptrdiff_t width = panel_width(p, i), first = i * WIDE;
-    const ptrdiff_t real = p->tokens - first < width ? p->tokens - first : width;
+    const ptrdiff_t width = panel_width(p, i), first = i * WIDE, real = panel_tokens(p, i);
     if (real < width || columns < length)
         memset(target, 0, (size_t)(width * length) * sizeof(float));
     for (ptrdiff_t begin = 0; begin < columns; begin += 16) {

@@ -8,6 +8,7 @@
 
 enum {
     SPAN_VALUES = 512, /* the most columns of a span, which have one scale */
+    LAID_OUT = 2 * SPAN_VALUES, /* the most values of a span as laid out for several tokens' products */
     BLOCK = 32,        /* columns with one multiplier, where activations are bytes */
     BLOCKS = SPAN_VALUES / BLOCK,
     OCTET = 8,         /* indices; eight of b bits are exactly b bytes, and a span is whole octets */
@@ -36,11 +37,12 @@ typedef struct {
     int16_t value[SPAN_VALUES], multiplier[BLOCKS];
 } quantised_span;
 
-/* x (n) = the activations of a span as int16. */
+/* x (n rounded up to whole blocks) = the activations of a span as int16. */
 PLLM_INLINE void join_multipliers(const quantised_span *q, ptrdiff_t n, int16_t *x)
 {
-    for (ptrdiff_t i = 0; i < n; i++)
-        x[i] = (int16_t)(q->value[i] * q->multiplier[i / BLOCK]);
+    for (ptrdiff_t b = 0; b * BLOCK < n; b++)
+        for (int i = 0; i < BLOCK; i++)
+            x[b * BLOCK + i] = (int16_t)(q->value[b * BLOCK + i] * q->multiplier[b]);
 }
 
 typedef struct row_table row_table;
@@ -52,10 +54,10 @@ typedef void decode_fn(const row_table *t, const uint8_t *source, ptrdiff_t octe
 /* dot (DOT_TOGETHER) = the products of as many rows of the matrix with the token. */
 typedef void dot_fn(const row_table *t, const uint8_t *const *rows, const token_spans *token, float *dot);
 
-/* How a table is read: into memory, and for one token straight into the products. */
+/* How a table is read: into memory, and for tokens one by one straight into the products. */
 typedef struct {
     decode_fn *decode;
-    dot_fn *dot; /* NULL where decoding is quicker */
+    dot_fn *dot; /* where the table may be one_by_one */
 } row_functions;
 
 /* target (c->d << pairing) = a row of the codec's table joined with itself `pairing` times; an index behind
@@ -70,7 +72,8 @@ static void copy_row(const pllm_codec *c, int pairing, int row, int8_t *target)
 }
 
 /* What each of the two includes has: struct row_table, and for it
- *   plan_rows(codec, indices, tokens)     which form a table takes; d, bits and pairing are set
+ *   plan_rows(codec, indices, tokens)     which form a table takes; d, bits, pairing and one_by_one (whether
+ *                                         each token is multiplied by itself, by dot) are set
  *   row_table_bytes, make_rows            the table itself, laid out
  *   span_width(table, span)               values of a span as laid out for the products
  *   arrange(table, span, q, target)       lays it out

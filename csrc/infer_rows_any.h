@@ -10,6 +10,7 @@ enum {
     SPAN_STEP = 32,     /* spans are padded to whole vectors of every instruction set */
     SIXTEEN = 32,       /* bytes of a plane's sixteen values, each twice */
     LOOKED_UP = 32,     /* indices looked up at once */
+    LOOK_UP_VALUES = 4, /* the most values of their rows */
     WIDE_VALUES = 8192, /* tables up to this size are held as int16, in half a first-level cache */
     PAIRED_BITS = 12,      /* tables of pairs of codewords may have indices of so many bits */
     PAIRED_VALUES = 16384, /* and so many values */
@@ -19,12 +20,15 @@ enum {
 /* Rows of d values, 2^bits of them: int16 when `wide`, else int8. */
 struct row_table {
     const char *rows;     /* NULL when looked_up */
-    const int8_t *planes; /* for look-ups in registers, see make_planes; NULL where that is slower */
+    const int8_t *planes; /* when looked_up, see make_planes */
     int d, bits, wide;
-    int looked_up; /* one token: no rows, and its activations are bytes, see arrange_bytes */
+    int looked_up; /* in registers: no rows */
+    int one_by_one; /* dot is used; when looked_up with activations as bytes, see arrange_bytes */
     int symmetric; /* looked_up: the d highest bits of an index are the signs of its row's values */
     int stride;    /* values from row to row; zeros behind the d */
     int pairing;   /* an index of this table is 2^pairing indices of the codec, side by side */
+    /* looked_up: which of the values of 32 indices comes i-th; one_by_one, which byte of their multipliers */
+    uint8_t order[LOOKED_UP * LOOK_UP_VALUES], multiplier_order[LOOKED_UP];
 };
 
 /* d or the next power of two. */
@@ -42,8 +46,8 @@ static void pair_up(row_table *t, ptrdiff_t indices, int max_bits, int max_d, in
     }
 }
 
-/* Whether registers are the fastest place to look a token's values up in: few sixteens, few values. Pairs of
- * five bits at d = 4 are fetched faster. */
+/* Whether registers are the fastest place to look values up in: few sixteens, few values. Pairs of five bits at
+ * d = 4 are fetched faster. */
 static int is_looked_up(int d, int bits, int symmetric)
 {
 #if defined(PLLM_ISA_AVX2)
@@ -60,16 +64,24 @@ static int is_looked_up(int d, int bits, int symmetric)
  * j-th of the d highest bits is set. Up to four bits looking up gains nothing by it. */
 static int is_symmetric(const pllm_codec *c)
 {
+    enum { MOST = 128 }; /* magnitudes */
     const int8_t *const table = c->table;
-    const int base_bits = c->index_bits - c->d;
-    if (base_bits < 0 || c->index_bits <= 4 || c->index_bits > 8 || c->k != 1 << c->index_bits)
+    if (c->index_bits <= 4 || c->index_bits > 8 || c->d > c->index_bits || c->k != 1 << c->index_bits)
         return 0;
-    for (int row = 0; row < c->k; row++)
-        for (int j = 0; j < c->d; j++) {
-            const int value = table[(row & ((1 << base_bits) - 1)) * c->d + j];
-            if (value < 0 || table[row * c->d + j] != (row >> (base_bits + j) & 1 ? -value : value))
-                return 0;
-        }
+    const int size = c->d << (c->index_bits - c->d);
+    if (size > MOST)
+        return 0;
+    for (int signs = 0; signs < 1 << c->d; signs++) {
+        int8_t wanted[MOST];
+        for (int j = 0; j < c->d; j++)
+            for (int i = j; i < size; i += c->d)
+                wanted[i] = (int8_t)(signs >> j & 1 ? -table[i] : table[i]);
+        if (memcmp(table + signs * size, wanted, (size_t)size) != 0)
+            return 0;
+    }
+    for (int i = 0; i < size; i++)
+        if (table[i] < 0)
+            return 0;
     return 1;
 }
 
@@ -83,40 +95,6 @@ static int has_negatives(const pllm_codec *c)
     return smallest > -128;
 }
 
-static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tokens)
-{
-    row_table t = {.d = c->d, .bits = c->index_bits};
-    if (tokens == 1) {
-        t.symmetric = is_symmetric(c);
-        t.looked_up = is_looked_up(t.d, t.bits, t.symmetric) && (t.symmetric || has_negatives(c));
-    }
-    if (t.looked_up && !t.symmetric)
-        pair_up(&t, indices, 4, 4, PAIRED_VALUES); /* sixteen rows are one look-up, whatever their number */
-    else if (!t.looked_up)
-        pair_up(&t, indices, PAIRED_BITS, PLLM_MAX_SUBVECTOR, PAIRED_VALUES);
-    t.stride = t.d;
-#if defined(PLLM_ISA_AVX2)
-    if (tokens == 1) /* rows are fetched and multiplied in whole vectors */
-        t.stride = row_size(t.d);
-#else
-    (void)tokens;
-#endif
-    t.wide = t.stride << t.bits <= WIDE_VALUES;
-    return t;
-}
-
-/* What 32 indices of a span take when looked_up, see arrange_bytes. */
-PLLM_INLINE int looked_up_bytes(int d, int symmetric) { return LOOKED_UP * (1 + d * (symmetric ? 1 : 2)); }
-
-/* Values of a span as it is laid out for the products. */
-static ptrdiff_t span_width(const row_table *t, ptrdiff_t span)
-{
-    if (t->looked_up)
-        return round_up(span, LOOKED_UP) / LOOKED_UP * looked_up_bytes(t->d, t->symmetric) /
-               (ptrdiff_t)sizeof(int16_t);
-    return round_up(span * t->stride, SPAN_STEP);
-}
-
 /* Which of 32 indices is at place i once they are bytes in a vector, see indices_as_bytes: in order, or
  * quarters 0, 2, 1 and 3, or those of four bits first the even and then the odd. */
 static int index_at(int bits, int i)
@@ -124,48 +102,81 @@ static int index_at(int bits, int i)
     return bits == 8 ? i : bits == 4 ? i % 16 * 2 + i / 16 : i / 8 % 2 * 16 + i / 16 * 8 + i % 8;
 }
 
-/* target: for every 32 indices the multipliers of each two, and for each of their d values 32 bytes; unless the
- * table is symmetric, 32 magnitudes before them. */
-static void arrange_bytes(const row_table *t, ptrdiff_t span, const quantised_span *q, int16_t *target)
+/* Fills t->order, or t->multiplier_order when one_by_one. */
+static void plan_order(row_table *t)
 {
-    const int d = t->d;
-    int8_t *at = (int8_t *)target;
-    for (ptrdiff_t first = 0; first < span * d; first += LOOKED_UP * d) {
-        for (int i = 0; i < LOOKED_UP; i += 2, at += sizeof(int16_t))
-            memcpy(at, &q->multiplier[(first + index_at(t->bits, i) * d) / BLOCK], sizeof(int16_t));
-        for (int j = 0; j < d; j++)
-            for (int magnitude = !t->symmetric; magnitude >= 0; magnitude--)
-                for (int i = 0; i < LOOKED_UP; i++) {
-                    const int16_t value = q->value[first + index_at(t->bits, i) * d + j];
-                    *at++ = (int8_t)(magnitude ? abs(value) : value);
-                }
-    }
+    for (int i = 0; i < LOOKED_UP; i++)
+        if (t->one_by_one)
+            t->multiplier_order[i] = (uint8_t)(index_at(t->bits, i) * t->d / BLOCK * 2 + i % 2);
+        else { /* widened bytes have the vector's inner quarters exchanged */
+            const int place = i / 8 == 1 ? i + 8 : i / 8 == 2 ? i - 8 : i;
+            for (int j = 0; j < t->d; j++)
+                t->order[j * LOOKED_UP + i] = (uint8_t)(index_at(t->bits, place) * t->d + j);
+        }
 }
 
-/* target (span_width) = the activations of a span, as far apart as the table's rows. */
+static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tokens)
+{
+    row_table t = {.d = c->d, .bits = c->index_bits, .symmetric = is_symmetric(c)};
+    t.looked_up = is_looked_up(t.d, t.bits, t.symmetric) && (t.symmetric || has_negatives(c));
+    if (t.looked_up && !t.symmetric)
+        pair_up(&t, indices, 4, 4, PAIRED_VALUES); /* sixteen rows are one look-up, whatever their number */
+    else if (!t.looked_up)
+        pair_up(&t, indices, PAIRED_BITS, PLLM_MAX_SUBVECTOR, PAIRED_VALUES);
+#if defined(PLLM_ISA_AVX2)
+    t.one_by_one = t.looked_up ? tokens <= (t.symmetric ? 2 + t.d : 3) : tokens == 1 && t.d > 1;
+#else
+    (void)tokens;
+#endif
+    t.stride = t.one_by_one ? row_size(t.d) : t.d; /* rows are fetched and multiplied in whole vectors */
+    t.wide = t.stride << t.bits <= WIDE_VALUES;
+    if (t.looked_up)
+        plan_order(&t);
+    return t;
+}
+
+/* What 32 indices of a span take as bytes, see arrange_bytes. */
+PLLM_INLINE int looked_up_bytes(int d, int symmetric) { return LOOKED_UP * (1 + d * (symmetric ? 1 : 2)); }
+
+/* Values of a span as it is laid out for the products. */
+static ptrdiff_t span_width(const row_table *t, ptrdiff_t span)
+{
+    if (t->looked_up && t->one_by_one)
+        return round_up(span, LOOKED_UP) / LOOKED_UP * looked_up_bytes(t->d, t->symmetric) /
+               (ptrdiff_t)sizeof(int16_t);
+    if (t->looked_up)
+        return round_up(span, LOOKED_UP) * t->d;
+    return round_up(span * t->stride, SPAN_STEP);
+}
+
+#if defined(PLLM_ISA_AVX2)
+static void arrange_bytes(const row_table *t, ptrdiff_t span, const quantised_span *q, int16_t *target);
+#endif
+
+/* target (span_width) = the activations of a span in the order in which rows are decoded: as far apart as the
+ * table's rows, or, when looked_up, the d values of each 32 indices one after another. */
 static void arrange(const row_table *t, ptrdiff_t span, const quantised_span *q, int16_t *target)
 {
-    const ptrdiff_t d = t->d;
+    const ptrdiff_t d = t->d, width = span_width(t, span);
     int16_t x[SPAN_VALUES];
-    if (t->looked_up) {
+#if defined(PLLM_ISA_AVX2)
+    if (t->looked_up && t->one_by_one) {
         arrange_bytes(t, span, q, target);
         return;
     }
-    join_multipliers(q, span * d, x);
-    memset(target, 0, (size_t)span_width(t, span) * sizeof *target);
-    for (ptrdiff_t i = 0; i < span; i++)
-        memcpy(target + i * t->stride, x + i * d, (size_t)d * sizeof *x);
-}
-
-/* Whether indices are looked up in registers; several tokens: single values of 7 or 8 bits. */
-static int has_planes(const row_table *t)
-{
-#if defined(PLLM_ISA_AVX2)
-    return t->looked_up || (t->d == 1 && (t->bits == 7 || t->bits == 8));
-#else
-    (void)t;
-    return 0;
 #endif
+    join_multipliers(q, SPAN_VALUES, x);
+    if (t->looked_up)
+        for (ptrdiff_t first = 0; first < width; first += LOOKED_UP * d)
+            for (int i = 0; i < LOOKED_UP * d; i++)
+                target[first + i] = x[first + t->order[i]];
+    else if (t->stride == d)
+        memcpy(target, x, (size_t)width * sizeof *x);
+    else {
+        memset(target, 0, (size_t)width * sizeof *target);
+        for (ptrdiff_t i = 0; i < span; i++)
+            memcpy(target + i * t->stride, x + i * d, (size_t)d * sizeof *x);
+    }
 }
 
 /* Bits of an index that name a row of the planes; signs are not in them. */
@@ -184,8 +195,9 @@ static int is_in_place(const row_table *t, const pllm_codec *c)
 static size_t row_table_bytes(const row_table *t, const pllm_codec *c)
 {
     const size_t rows = ((size_t)t->stride << t->bits) * (t->wide ? 2 : 1) + TABLE_SLACK;
-    const size_t planes = has_planes(t) ? (size_t)(sixteens_of(row_bits(t)) * t->d * SIXTEEN) : 0;
-    return planes + (t->looked_up || is_in_place(t, c) ? 0 : rows);
+    if (t->looked_up)
+        return (size_t)(sixteens_of(row_bits(t)) * t->d * SIXTEEN);
+    return is_in_place(t, c) ? 0 : rows;
 }
 
 /* planes (sixteens, d, 32): value j of sixteen rows, twice, and combined by exclusive or with the sixteen
@@ -221,13 +233,11 @@ static void make_rows(row_table *t, const pllm_codec *c, void *memory)
     const ptrdiff_t size = t->wide ? 2 : 1, gap = (t->stride - t->d) * size;
     char *target = memory;
     int row = 0;
-    if (has_planes(t)) {
+    if (t->looked_up) {
         make_planes(t, c, memory);
         t->planes = memory;
-        target += sixteens_of(row_bits(t)) * t->d * SIXTEEN;
-    }
-    if (t->looked_up)
         return;
+    }
     t->rows = is_in_place(t, c) ? c->table : target;
     if (t->rows == c->table)
         return;

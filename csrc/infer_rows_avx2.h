@@ -167,10 +167,86 @@ PLLM_INLINE __m256i indices_as_bytes(const uint8_t *source, int bits)
     return _mm256_packus_epi16(half[0], half[1]);
 }
 
+/* Even bytes, then odd ones. */
+PLLM_INLINE __m256i evens_and_odds(__m256i bytes)
+{
+    const __m256i pick = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10,
+                                          12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, pick), 0xd8);
+}
+
+/* bytes[j] = value j of 32 indices, d after d at x: those of each index in order. */
+PLLM_INLINE void separate_values(const int16_t *x, int d, __m256i *bytes)
+{
+    const __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9,
+                                          13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m256i halves = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i part[LOOK_UP_VALUES];
+    for (int i = 0; i < d; i++) {
+        const __m256i *const at = (const __m256i *)(const void *)(x + LOOKED_UP * i);
+        part[i] = _mm256_packs_epi16(_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1));
+        part[i] = _mm256_permute4x64_epi64(part[i], 0xd8);
+        if (d == 2)
+            part[i] = evens_and_odds(part[i]);
+        else if (d == 4) /* eight of each value */
+            part[i] = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(part[i], pick), halves);
+    }
+    if (d == 1)
+        bytes[0] = part[0];
+    else if (d == 2)
+        for (int j = 0; j < 2; j++)
+            bytes[j] = j ? _mm256_permute2x128_si256(part[0], part[1], 0x31)
+                         : _mm256_permute2x128_si256(part[0], part[1], 0x20);
+    else
+        for (int odd = 0; odd < 2; odd++) {
+            __m256i pair[2];
+            for (int i = 0; i < 2; i++)
+                pair[i] = odd ? _mm256_unpackhi_epi64(part[2 * i], part[2 * i + 1])
+                              : _mm256_unpacklo_epi64(part[2 * i], part[2 * i + 1]);
+            bytes[odd] = _mm256_permute2x128_si256(pair[0], pair[1], 0x20);
+            bytes[odd + 2] = _mm256_permute2x128_si256(pair[0], pair[1], 0x31);
+        }
+}
+
+/* arrange_bytes for constant d: for every 32 indices the multipliers of each two, and for each of their d values 32
+ * bytes in the order of index_at; unless the table is symmetric, 32 magnitudes before them. */
+PLLM_INLINE void arrange_values(const row_table *t, ptrdiff_t span, const quantised_span *q, int d, int16_t *target)
+{
+    const __m256i pick = _mm256_loadu_si256((const __m256i *)(const void *)t->multiplier_order);
+    __m256i *at = (__m256i *)(void *)target;
+    for (ptrdiff_t first = 0; first < span * d; first += LOOKED_UP * d) {
+        __m256i bytes[LOOK_UP_VALUES];
+        int64_t multipliers = 0; /* d of them */
+        memcpy(&multipliers, q->multiplier + first / BLOCK, (size_t)d * sizeof(int16_t));
+        _mm256_store_si256(at++, _mm256_shuffle_epi8(_mm256_set1_epi64x(multipliers), pick));
+        separate_values(q->value + first, d, bytes);
+        for (int j = 0; j < d; j++) {
+            if (t->bits == 4)
+                bytes[j] = evens_and_odds(bytes[j]);
+            else if (t->bits != 8)
+                bytes[j] = _mm256_permute4x64_epi64(bytes[j], 0xd8);
+            if (!t->symmetric)
+                _mm256_store_si256(at++, _mm256_abs_epi8(bytes[j]));
+            _mm256_store_si256(at++, bytes[j]);
+        }
+    }
+}
+
+/* target = the bytes of a span and their multipliers. */
+static void arrange_bytes(const row_table *t, ptrdiff_t span, const quantised_span *q, int16_t *target)
+{
+    if (t->d == 1)
+        arrange_values(t, span, q, 1, target);
+    else if (t->d == 2)
+        arrange_values(t, span, q, 2, target);
+    else
+        arrange_values(t, span, q, 4, target);
+}
+
 /* Keeps the compiler from computing a chain in another order, which needs more registers than there are. */
 #define IN_ORDER(vector) __asm__("" : "+x"(vector))
 
-enum { LOOK_UP_VECTORS = 2, LOOK_UP_VALUES = 4 /* the most of each, constants below */ };
+enum { LOOK_UP_VECTORS = 2 /* the most, constants below */ };
 
 /* value[i][j] = value j of the rows of 32 indices, as bytes, for `vectors` times 32 of them, which share the
  * loads of the table. A look-up in sixteen bytes gives 0 where bit 7 of its index is set: where, by
@@ -227,18 +303,44 @@ PLLM_INLINE __m256i upper_half(__m256i bytes)
     return _mm256_srai_epi16(_mm256_unpackhi_epi8(bytes, bytes), 8);
 }
 
-PLLM_INLINE void decode_single(const row_table *t, const uint8_t *source, ptrdiff_t octets, int bits,
-                               int16_t *target)
+/* index, row: of 32 indices, and the bits of them that name a row of the planes. */
+PLLM_INLINE void split_indices(const uint8_t *source, int d, int bits, int symmetric, __m256i *index, __m256i *row)
 {
-    for (; octets >= 4; octets -= 4, source += 4 * bits, target += 32) {
-        __m256i value[1][LOOK_UP_VALUES], index = indices_as_bytes(source, bits);
-        if (bits == 8)
-            index = _mm256_permute4x64_epi64(index, 0xd8);
-        look_up(t->planes, &index, 1, 1, bits, value);
-        _mm256_storeu_si256((__m256i *)(void *)target, lower_half(value[0][0]));
-        _mm256_storeu_si256((__m256i *)(void *)(target + 16), upper_half(value[0][0]));
+    const int base_bits = symmetric ? bits - d : bits;
+    *row = *index = indices_as_bytes(source, bits);
+    if (symmetric && (base_bits > 4 || bits == 8)) /* a look-up in one sixteen heeds bits 0 to 3 and 7 */
+        *row = _mm256_and_si256(*index, _mm256_set1_epi8((char)(16 * sixteens_of(base_bits) - 1)));
+}
+
+/* Bytes other than zero with the sign of the last value on top, and by doubling those before it. */
+PLLM_INLINE __m256i signs_of(__m256i index, int bits)
+{
+    const __m256i signs = _mm256_or_si256(index, _mm256_set1_epi8(1));
+    return bits < 8 ? _mm256_slli_epi16(signs, 8 - bits) : signs;
+}
+
+/* A row in the order of t->order; whole 32 indices. */
+PLLM_INLINE void decode_looked_up(const row_table *t, const uint8_t *source, ptrdiff_t octets, int d, int bits,
+                                  int symmetric, int16_t *target)
+{
+    for (const uint8_t *const end = source + octets * bits; source < end;
+         source += LOOKED_UP / OCTET * bits, target += LOOKED_UP * d) {
+        __m256i index, row, value[1][LOOK_UP_VALUES];
+        split_indices(source, d, bits, symmetric, &index, &row);
+        look_up(t->planes, &row, 1, d, symmetric ? bits - d : bits, value);
+        __m256i signs = signs_of(index, bits);
+        PLLM_UNROLL
+        for (int j = d - 1; j >= 0; j--) {
+            __m256i bytes = value[0][j];
+            if (symmetric) {
+                bytes = _mm256_sign_epi8(bytes, signs);
+                signs = _mm256_add_epi8(signs, signs);
+            }
+            __m256i *const at = (__m256i *)(void *)(target + LOOKED_UP * j);
+            _mm256_storeu_si256(at, lower_half(bytes));
+            _mm256_storeu_si256(at + 1, upper_half(bytes));
+        }
     }
-    decode_plain(t, source, octets, 1, 1, target);
 }
 
 /* sum + the products of `vectors` times 32 rows with the bytes at x (arrange_bytes). A product of bytes is that
@@ -247,22 +349,17 @@ PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, con
                                   int d, int bits, int symmetric, __m256i sum)
 {
     const __m256i *xs = (const __m256i *)(const void *)x;
-    const int base_bits = symmetric ? bits - d : bits, x_vectors = looked_up_bytes(d, symmetric) / LOOKED_UP;
+    const int x_vectors = looked_up_bytes(d, symmetric) / LOOKED_UP;
     __m256i index[LOOK_UP_VECTORS], row[LOOK_UP_VECTORS] = {_mm256_setzero_si256()};
     __m256i value[LOOK_UP_VECTORS][LOOK_UP_VALUES];
     PLLM_UNROLL
-    for (int i = 0; i < vectors; i++) {
-        row[i] = index[i] = indices_as_bytes(source + LOOKED_UP / OCTET * bits * i, bits);
-        if (symmetric && (base_bits > 4 || bits == 8)) /* a look-up in one sixteen heeds bits 0 to 3 and 7 */
-            row[i] = _mm256_and_si256(index[i], _mm256_set1_epi8((char)(16 * sixteens_of(base_bits) - 1)));
-    }
-    look_up(t->planes, row, vectors, d, base_bits, value);
+    for (int i = 0; i < vectors; i++)
+        split_indices(source + LOOKED_UP / OCTET * bits * i, d, bits, symmetric, index + i, row + i);
+    look_up(t->planes, row, vectors, d, symmetric ? bits - d : bits, value);
     PLLM_UNROLL
     for (int i = 0; i < vectors; i++, xs += x_vectors) {
         const __m256i multiplier = _mm256_load_si256(xs);
-        /* Bytes other than zero with the sign of the last value on top, then by doubling those before it. */
-        __m256i signs = _mm256_or_si256(index[i], _mm256_set1_epi8(1));
-        signs = bits < 8 ? _mm256_slli_epi16(signs, 8 - bits) : signs;
+        __m256i signs = signs_of(index[i], bits);
         PLLM_UNROLL
         for (int j = d - 1; j >= 0; j--) {
             __m256i products;
@@ -358,44 +455,41 @@ EACH_BITS(FETCH_FUNCTIONS, 4)
 EACH_BITS(FETCH_FUNCTIONS, 8)
 EACH_BITS(FETCH_FUNCTIONS, 16)
 
-#define LOOK_UP_FUNCTION(D, B, S) \
+#define LOOK_UP_FUNCTIONS(D, B, S) \
+    static void decode_looked_up_##D##_##B##_##S(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
+                                                 int16_t *target) \
+    { \
+        decode_looked_up(t, source, octets, D, B, S, target); \
+    } \
     static void dot_looked_up_##D##_##B##_##S(const row_table *t, const uint8_t *const *rows, \
                                               const token_spans *token, float *dot) \
     { \
         dot_rows(t, rows, token, D, B, S ? SYMMETRIC : PLAIN, dot); \
     }
-#define PLAIN_LOOK_UP(D, B) LOOK_UP_FUNCTION(D, B, 0)
-#define SYMMETRIC_LOOK_UP(D, B) LOOK_UP_FUNCTION(D, B, 1)
+#define PLAIN_LOOK_UP(D, B) LOOK_UP_FUNCTIONS(D, B, 0)
+#define SYMMETRIC_LOOK_UP(D, B) LOOK_UP_FUNCTIONS(D, B, 1)
 UP_TO_8(PLAIN_LOOK_UP, 1)
 UP_TO_8(PLAIN_LOOK_UP, 2)
 PLAIN_LOOK_UP(4, 2) PLAIN_LOOK_UP(4, 3) PLAIN_LOOK_UP(4, 4) PLAIN_LOOK_UP(4, 6)
 FROM_5_TO_8(SYMMETRIC_LOOK_UP, 1)
 FROM_5_TO_8(SYMMETRIC_LOOK_UP, 2)
 FROM_5_TO_8(SYMMETRIC_LOOK_UP, 4)
-#define PLAIN_ENTRY(D, B) dot_looked_up_##D##_##B##_0,
-#define SYMMETRIC_ENTRY(D, B) dot_looked_up_##D##_##B##_1,
-static dot_fn *const look_up_functions[2][3][8] = {
+#define PLAIN_ENTRY(D, B) {decode_looked_up_##D##_##B##_0, dot_looked_up_##D##_##B##_0},
+#define SYMMETRIC_ENTRY(D, B) {decode_looked_up_##D##_##B##_1, dot_looked_up_##D##_##B##_1},
+#define NO_ENTRY {NULL, NULL},
+static const row_functions look_up_functions[2][3][8] = {
     {{UP_TO_8(PLAIN_ENTRY, 1)},
      {UP_TO_8(PLAIN_ENTRY, 2)},
-     {NULL, PLAIN_ENTRY(4, 2) PLAIN_ENTRY(4, 3) PLAIN_ENTRY(4, 4) NULL, PLAIN_ENTRY(4, 6)}},
-    {{NULL, NULL, NULL, NULL, FROM_5_TO_8(SYMMETRIC_ENTRY, 1)},
-     {NULL, NULL, NULL, NULL, FROM_5_TO_8(SYMMETRIC_ENTRY, 2)},
-     {NULL, NULL, NULL, NULL, FROM_5_TO_8(SYMMETRIC_ENTRY, 4)}}};
-#undef LOOK_UP_FUNCTION
+     {NO_ENTRY PLAIN_ENTRY(4, 2) PLAIN_ENTRY(4, 3) PLAIN_ENTRY(4, 4) NO_ENTRY PLAIN_ENTRY(4, 6)}},
+    {{NO_ENTRY NO_ENTRY NO_ENTRY NO_ENTRY FROM_5_TO_8(SYMMETRIC_ENTRY, 1)},
+     {NO_ENTRY NO_ENTRY NO_ENTRY NO_ENTRY FROM_5_TO_8(SYMMETRIC_ENTRY, 2)},
+     {NO_ENTRY NO_ENTRY NO_ENTRY NO_ENTRY FROM_5_TO_8(SYMMETRIC_ENTRY, 4)}}};
+#undef LOOK_UP_FUNCTIONS
 #undef PLAIN_LOOK_UP
 #undef SYMMETRIC_LOOK_UP
 #undef PLAIN_ENTRY
 #undef SYMMETRIC_ENTRY
-
-static void decode_1_7(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target)
-{
-    decode_single(t, source, octets, 7, target);
-}
-
-static void decode_1_8(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target)
-{
-    decode_single(t, source, octets, 8, target);
-}
+#undef NO_ENTRY
 
 #define FETCH_ENTRY(D, B) {decode_##D##_##B, dot_##D##_##B},
 static const row_functions fetch_functions[4][PLLM_MAX_BITS] = {{EACH_BITS(FETCH_ENTRY, 2)},
@@ -409,9 +503,7 @@ static const row_functions fetch_functions[4][PLLM_MAX_BITS] = {{EACH_BITS(FETCH
 static row_functions functions_for(const row_table *t)
 {
     if (t->looked_up)
-        return (row_functions){NULL, look_up_functions[t->symmetric][t->d / 2][t->bits - 1]};
-    if (has_planes(t))
-        return (row_functions){t->bits == 7 ? decode_1_7 : decode_1_8, NULL};
+        return look_up_functions[t->symmetric][t->d / 2][t->bits - 1];
     for (int kind = 0; kind < 4; kind++)
         if (t->stride == 2 << kind)
             return fetch_functions[kind][t->bits - 1];

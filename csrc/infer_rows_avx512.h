@@ -28,7 +28,7 @@ struct row_table {
     int d, bits;
     int pairing; /* an index of this table is 2^pairing indices of the codec, side by side */
     int stride;  /* bytes from row to row, a power of two; 0 for planes */
-    int split;   /* one token: its activations are split into bytes */
+    int one_by_one; /* one token: its activations are split into bytes */
     /* For cutting out indices: the bytes that each eight of a vector take, and their bits (see plan_cut).
      * For packing: where the values of fetched rows stand. */
     uint8_t take[CHUNK], shift[CHUNK], pack[CHUNK];
@@ -56,7 +56,7 @@ static void plan_cut(row_table *t)
 /* Spans of 1, 2, 3, 4 and 8 values a row are whole chunks of indices, or nearly: d = 3 wastes an eighth. */
 static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tokens)
 {
-    row_table t = {.d = c->d, .bits = c->index_bits, .split = tokens == 1};
+    row_table t = {.d = c->d, .bits = c->index_bits, .one_by_one = tokens == 1};
     if (t.bits > PLANE_BITS || (t.d > 4 && t.d != PLANE_ROWS))
         t.stride = t.d <= 4 ? 4 : t.d <= 8 ? 8 : 16;
     else
@@ -116,12 +116,12 @@ static void make_rows(row_table *t, const pllm_codec *c, void *memory)
 
 /* ---- activations ----------------------------------------------------------------------------- */
 
-/* Values of a span as laid out for the products; when split, the last of them hold one int32. */
+/* Values of a span as laid out for the products; those of one token end with one int32. */
 static ptrdiff_t span_width(const row_table *t, ptrdiff_t span)
 {
     if (has_planes(t))
-        return round_up(span, CHUNK) * t->d + (t->split ? HALF_CHUNK : 0);
-    return t->split ? round_up(span * t->stride, 2 * CHUNK) + HALF_CHUNK : round_up(span * t->d, HALF_CHUNK);
+        return round_up(span, CHUNK) * t->d + (t->one_by_one ? HALF_CHUNK : 0);
+    return t->one_by_one ? round_up(span * t->stride, 2 * CHUNK) + HALF_CHUNK : round_up(span * t->d, HALF_CHUNK);
 }
 
 /* Each 64 of the values become 64 low bytes and 64 high bytes; behind them what the products of the high
@@ -155,12 +155,12 @@ static void arrange(const row_table *t, ptrdiff_t span, const quantised_span *q,
             for (ptrdiff_t j = 0; j < d; j++)
                 for (ptrdiff_t k = i; k < smaller(i + CHUNK, span); k++)
                     target[i * d + j * CHUNK + k - i] = x[k * d + j];
-    else if (t->split)
+    else if (t->one_by_one)
         for (ptrdiff_t i = 0; i < span; i++)
             memcpy(target + i * t->stride, x + i * d, (size_t)d * sizeof *x);
     else
         memcpy(target, x, (size_t)(span * d) * sizeof *x);
-    if (t->split)
+    if (t->one_by_one)
         split_values(target, width - HALF_CHUNK);
 }
 

@@ -13,6 +13,8 @@
  *         vi_sll vi_srl vi_sra(a, count 0..31), vi_srlv(a, counts) each lane its own, 0..31
  * Int16   vs: 2 VF_WIDTH int16, vs_load (unaligned); vi_dot(c, a, b): its lanes add up to those of c plus
  *         the dot product of a and b (which lane gets which product is left open; int32, wraps);
+ *         vi_dot_pair(c, a, vs_load_pair(p)): c + a0 p[0] + a1 p[1], where each lane has its own a0 and a1, in a at
+ *         VS_PLACE(lane, 0) and VS_PLACE(lane, 1);
  *         vi_sum4(sums, a, b, c, d): sums[i] = sum over the lanes of the i-th (wraps);
  *         vi_store_i16: VF_WIDTH integers within int16, narrowed
  * Convert vf_from_i exact up to 2^24; vi_from_f to nearest, ties to even, |value| < 2^31;

@@ -55,7 +55,21 @@ static inline vi vi_sra(vi a, int n) { return _mm256_sra_epi32(a, _mm_cvtsi32_si
 
 typedef __m256i vs;
 static inline vs vs_load(const int16_t *p) { return _mm256_loadu_si256(VF_PACKED(p)); }
-static inline vi vi_dot(vi c, vs a, vs b) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
+static inline vi vi_dot(vi c, vs a, vs b)
+{
+    c = _mm256_add_epi32(c, _mm256_madd_epi16(a, b));
+    __asm__("" : "+x"(c)); /* or gcc adds products of several calls first, and keeps c in memory */
+    return c;
+}
+typedef vs vs_pair;
+#define VS_PLACE(lane, which) (2 * (lane) + (which))
+static inline vs_pair vs_load_pair(const int16_t *p)
+{
+    int32_t both;
+    memcpy(&both, p, sizeof both);
+    return _mm256_set1_epi32(both);
+}
+static inline vi vi_dot_pair(vi c, vs a, vs_pair b) { return vi_dot(c, a, b); }
 static inline void vi_sum4(int32_t *sums, vi a, vi b, vi c, vi d)
 {
     const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));

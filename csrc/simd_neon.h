@@ -106,6 +106,18 @@ static inline vi vi_dot(vi c, vs a, vs b)
 {
     return vmlal_high_s16(vmlal_s16(c, vget_low_s16(a), vget_low_s16(b)), a, b);
 }
+typedef int16x4_t vs_pair;
+#define VS_PLACE(lane, which) ((which) * VF_WIDTH + (lane))
+static inline vs_pair vs_load_pair(const int16_t *p)
+{
+    int32_t both;
+    memcpy(&both, p, sizeof both);
+    return vreinterpret_s16_s32(vdup_n_s32(both));
+}
+static inline vi vi_dot_pair(vi c, vs a, vs_pair b)
+{
+    return vmlal_lane_s16(vmlal_lane_s16(c, vget_low_s16(a), b, 0), vget_high_s16(a), b, 1);
+}
 static inline void vi_sum4(int32_t *sums, vi a, vi b, vi c, vi d)
 {
     vst1q_s32(sums, vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));

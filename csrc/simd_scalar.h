@@ -65,6 +65,15 @@ static inline vi vi_dot(vi c, vs a, vs b)
     VF_LANES c.v[i] = VF_WRAP(c.v[i], +, a.v[2 * i + 1] * b.v[2 * i + 1]);
     return c;
 }
+typedef struct { int16_t v[2]; } vs_pair;
+#define VS_PLACE(lane, which) (2 * (lane) + (which))
+static inline vs_pair vs_load_pair(const int16_t *p) { return (vs_pair){{p[0], p[1]}}; }
+static inline vi vi_dot_pair(vi c, vs a, vs_pair b)
+{
+    VF_LANES c.v[i] = VF_WRAP(c.v[i], +, a.v[2 * i] * b.v[0]);
+    VF_LANES c.v[i] = VF_WRAP(c.v[i], +, a.v[2 * i + 1] * b.v[1]);
+    return c;
+}
 static inline void vi_sum4(int32_t *sums, vi a, vi b, vi c, vi d)
 {
     const vi *const from[4] = {&a, &b, &c, &d};

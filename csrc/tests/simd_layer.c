@@ -152,7 +152,7 @@ static void check_loads(void)
     free(table);
 }
 
-/* Dot products of int16, wrapping, and their sums over lanes; stores as int16. */
+/* Dot products of int16, wrapping, of whole vectors and in each lane; sums over lanes; stores as int16. */
 static void check_shorts(void)
 {
     int16_t *x = new_bytes(4 * W), *y = new_bytes(4 * W), *narrow = new_bytes(2 * W);
@@ -170,6 +170,9 @@ static void check_shorts(void)
     vi_sum4(sums, a, vi_dot(a, vs_load(x), vs_load(y)), vi_set1(0), vi_set1(-1));
     CHECK((uint32_t)sums[0] == plain && (uint32_t)sums[1] == plain + wanted && sums[2] == 0 &&
               sums[3] == -W, "vi_dot, vi_sum4: %d %d %d %d", sums[0], sums[1], sums[2], sums[3]);
+    INTS(vi_dot_pair(a, vs_load(x), vs_load_pair(y + 1)),
+         (int32_t)((uint32_t)start[i] + (uint32_t)(x[VS_PLACE(i, 0)] * y[1]) +
+                   (uint32_t)(x[VS_PLACE(i, 1)] * y[2])));
     vi_store_i16(narrow, vi_load(small));
     EACH_LANE CHECK(narrow[i] == x[i], "vi_store_i16, lane %d", i);
     free(x);

@@ -176,20 +176,21 @@ static void check_matmul(const pllm_kernels *k, const fixture *f, enum pllm_acti
 }
 
 /* A token's result in integers does not depend on the tokens beside it; NaN and Inf stay where they are. */
-static void check_tokens_apart(const pllm_kernels *k)
+static void check_tokens_apart(const pllm_kernels *k, int d, int bits, int tokens)
 {
     fixture f;
-    float together[3 * 9], alone[9];
-    fill_fixture(&f, k, (infer_case){9, 600, 4, 200, 8, 1, DENSE, 3}, 0);
+    float alone[9], *together = new_floats((size_t)(tokens * 9));
+    fill_fixture(&f, k, (infer_case){9, 600, d, 1 << bits, bits, 1, DENSE, tokens}, 0);
     f.x[600 + 7] = INFINITY;
-    k->matmul(&f.matrix, f.x, 3, f.bias, together, PLLM_ACTIVATIONS_INTEGER, 1);
-    for (int t = 0; t < 3; t++) {
+    k->matmul(&f.matrix, f.x, tokens, f.bias, together, PLLM_ACTIVATIONS_INTEGER, 1);
+    for (int t = 0; t < tokens; t++) {
+        const float *const here = together + t * 9;
         k->matmul(&f.matrix, f.x + t * 600, 1, f.bias, alone, PLLM_ACTIVATIONS_INTEGER, 1);
         for (int r = 0; r < 9; r++)
-            CHECK(t == 1 ? isnan(alone[r]) && isnan(together[t * 9 + r]) : alone[r] == together[t * 9 + r],
-                  "token %d row %d: %g alone, %g together", t, r, (double)alone[r],
-                  (double)together[t * 9 + r]);
+            CHECK(t == 1 ? isnan(alone[r]) && isnan(here[r]) : alone[r] == here[r],
+                  "token %d of %d, row %d: %g alone, %g together", t, tokens, r, (double)alone[r], (double)here[r]);
     }
+    free(together);
     free_fixture(&f);
 }
 
@@ -234,10 +235,10 @@ static void check_spans(const pllm_kernels *k, int d, int bits, int tokens)
 }
 
 /* Tables whose rows have each combination of signs; `flaw`: all but one of their values. */
-static void check_symmetric(const pllm_kernels *k, int d, int bits, int flaw)
+static void check_symmetric(const pllm_kernels *k, int d, int bits, int flaw, int tokens)
 {
     fixture f;
-    fill_fixture(&f, k, (infer_case){5, 1031, d, 1 << bits, bits, 1, DENSE, 1}, 0);
+    fill_fixture(&f, k, (infer_case){5, 1031, d, 1 << bits, bits, 1, DENSE, tokens}, 0);
     const int base = 1 << (bits - d);
     for (int row = 0; row < 1 << bits; row++)
         for (int j = 0; j < d; j++) {
@@ -259,25 +260,30 @@ static void check_forms(const pllm_kernels *k)
     static const int in_registers[] = {1, 2, 3, 4, 8};
     static const int fetched[][2] = {{1, 9},  {2, 9},  {3, 9},  {4, 10}, {5, 8}, {5, 11}, {6, 3},
                                      {4, 12}, {8, 12}, {7, 13}, {9, 6},  {4, 16}, {16, 9}, {13, 10}};
+    /* One by one, by dot products, and in panels: narrow, wide, and some of each. */
+    static const int several[] = {2, 5, 7, 12, 21};
     for (int bits = 1; bits <= 8; bits++)
         for (int i = 0; i < 5; i++) {
             check_spans(k, in_registers[i], bits, 1);
-            if ((i + bits) % 3 == 0)
-                check_spans(k, in_registers[i], bits, 2 + bits);
+            check_spans(k, in_registers[i], bits, several[(i + 3 * bits) % 5]);
         }
     for (int i = 0; i < 14; i++) {
         check_spans(k, fetched[i][0], fetched[i][1], 1);
-        check_spans(k, fetched[i][0], fetched[i][1], 2 + i % 4);
+        check_spans(k, fetched[i][0], fetched[i][1], several[i % 5]);
     }
     for (int bits = 4; bits <= 8; bits++)
-        for (int d = 1; d <= 4; d++)
-            check_symmetric(k, d, bits, (bits + d) % 4 == 0);
+        for (int d = 1; d <= 4; d++) {
+            check_symmetric(k, d, bits, (bits + d) % 4 == 0, 1);
+            check_symmetric(k, d, bits, 0, several[(d + bits) % 5]);
+        }
     for (int bits = 6; bits <= 9; bits++)
         check_extremes(k, 4, bits, 1);
     for (int bits = 4; bits <= 8; bits += 2)
         for (int d = 1; d <= 2; d++)
             check_extremes(k, d, bits, 1);
     check_extremes(k, 8, 8, 6);
+    check_extremes(k, 4, 8, 7);
+    check_extremes(k, 2, 6, 9);
     check_extremes(k, 3, 5, 1);
     check_extremes(k, 16, 10, 3);
 }
@@ -357,6 +363,7 @@ void test_infer(const pllm_kernels *k)
     check_case(k, (infer_case){2, 600, 4, 4096, 12, 1, DENSE, 1});
     check_case(k, (infer_case){61, 530, 2, 64, 6, 1, DENSE, 19});
     check_case(k, (infer_case){26, 300, 1, 16, 4, 0, DENSE, 400});
+    check_case(k, (infer_case){13, 70, 2, 64, 6, 1, DENSE, 530});
     check_case(k, (infer_case){9, 50, 8, 20, 5, 0, PLLM_NORM_LN, 2});
     check_case(k, (infer_case){30, 4200, 16, 50, 6, 0, PLLM_NORM_INPUT, 5});
     for (int bits = 1; bits <= PLLM_MAX_BITS; bits++)
@@ -369,7 +376,10 @@ void test_infer(const pllm_kernels *k)
         for (int i = bits; i < bits + 9; i += 4)
             check_case(k, (infer_case){6, 700, filled_up[i % 9], (1 << bits) - bits % 2, bits, 1, DENSE, 1});
     check_forms(k);
-    check_tokens_apart(k);
+    check_tokens_apart(k, 4, 8, 3);
+    check_tokens_apart(k, 2, 6, 6);
+    check_tokens_apart(k, 3, 5, 23);
+    check_tokens_apart(k, 1, 4, 37);
     check_damaged(k);
     check_bfloat16(k);
 }

@@ -1,0 +1,76 @@
+/* infer_panels.h - many tokens as panels: some in the lanes of a few vectors, and rows of the matrix broadcast
+ * to them. Included by infer.c and infer_int.c, which multiply in float32 and in integers. */
+#ifndef PLLM_INFER_PANELS_H
+#define PLLM_INFER_PANELS_H
+
+#include "infer.h"
+
+/* Register tile: MICRO_ROWS rows times MICRO_VECTORS vectors of tokens, and for what is left over
+ * (or few tokens) twice the rows times half the tokens. */
+#if defined(PLLM_ISA_AVX512)
+enum { MICRO_ROWS = 12, MICRO_VECTORS = 2 };
+#elif defined(PLLM_ISA_AVX2)
+enum { MICRO_ROWS = 6, MICRO_VECTORS = 2 };
+#elif defined(PLLM_ISA_NEON)
+enum { MICRO_ROWS = 6, MICRO_VECTORS = 4 };
+#else
+enum { MICRO_ROWS = 2, MICRO_VECTORS = 2 };
+#endif
+enum {
+    WIDE = MICRO_VECTORS * VF_WIDTH, /* tokens of a panel */
+    NARROW = WIDE / 2,               /* tokens of the last panel, when that is enough */
+    TILE_ROWS = 48                   /* rows decoded at a time; a multiple of 2 MICRO_ROWS */
+};
+
+/* Tokens as panels: full ones of WIDE tokens, then one of WIDE or NARROW for the rest. */
+typedef struct {
+    ptrdiff_t tokens; /* n */
+    ptrdiff_t count;  /* panels */
+    ptrdiff_t width;  /* sum of the panels' widths */
+} panels;
+
+static panels panels_for(ptrdiff_t n)
+{
+    const ptrdiff_t rest = n % WIDE;
+    const ptrdiff_t last = rest == 0 ? 0 : rest <= NARROW ? NARROW : WIDE;
+    return (panels){n, n / WIDE + (last > 0), n - rest + last};
+}
+
+static ptrdiff_t panel_width(const panels *p, ptrdiff_t i)
+{
+    return i + 1 < p->count ? WIDE : p->width - i * WIDE;
+}
+
+/* Tokens of a panel, without what it is filled up with. */
+static ptrdiff_t panel_tokens(const panels *p, ptrdiff_t i)
+{
+    return smaller(p->tokens - i * WIDE, panel_width(p, i));
+}
+
+/* y (n, out) of `rows` rows from `first` on and the tokens of the panels begin..end.
+ * dot: finish_product's for each panel (tile_rows, its width); overwritten.  x_sum: (width of all panels). */
+static void finish_panels(const pllm_matrix *w, float factor, ptrdiff_t first, ptrdiff_t rows,
+                          const panels *p, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t tile_rows, float *dot,
+                          const float *x_sum, const float *bias, float *y)
+{
+    for (ptrdiff_t i = begin; i < end; i++) {
+        const ptrdiff_t width = panel_width(p, i), tokens = panel_tokens(p, i);
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            const vf scale = vf_set1(w->scale[first + r] * factor);
+            const vf shift = vf_set1(w->shift ? w->shift[first + r] : 0.0f);
+            const vf added = vf_set1(bias ? bias[first + r] : 0.0f);
+            for (ptrdiff_t t = 0; t < width; t += VF_WIDTH) {
+                vf here = vf_mul(scale, vf_load(dot + r * width + t));
+                if (w->shift)
+                    here = vf_add(here, vf_mul(shift, vf_load(x_sum + i * WIDE + t)));
+                vf_store(dot + r * width + t, vf_add(here, added));
+            }
+        }
+        for (ptrdiff_t t = 0; t < tokens; t++)
+            for (ptrdiff_t r = 0; r < rows; r++)
+                y[(i * WIDE + t) * w->out_features + first + r] = dot[r * width + t];
+        dot += tile_rows * width;
+    }
+}
+
+#endif
