@@ -235,12 +235,12 @@ static void multiply_tile_few(const view *v, ptrdiff_t first, ptrdiff_t rows, co
 }
 
 /* The same for the panels begin..end.
- * tile: (rows rounded up to 2 MICRO_ROWS, width), and TARGET_SLACK more.  dot: (that many, tokens) of each panel. */
+ * tile: (rows rounded up to MICRO_ROWS, width), and TARGET_SLACK more.  dot: (that many, tokens) of each panel. */
 static void multiply_tile_many(const view *v, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t begin, ptrdiff_t end,
                                const float *bias, int16_t *tile, float *dot, float *y)
 {
     const panels *p = &v->tokens;
-    const ptrdiff_t height = round_up(rows, 2 * MICRO_ROWS);
+    const ptrdiff_t height = round_up(rows, MICRO_ROWS);
     memset(dot, 0, (size_t)(height * smaller((end - begin) * WIDE, p->width)) * sizeof *dot);
     for (ptrdiff_t s = 0; s < v->spans; s++) {
         decode_tile(v, first, height, s, tile);

@@ -68,27 +68,34 @@ static void put_token(const int16_t *x, ptrdiff_t k, ptrdiff_t token, ptrdiff_t 
     }
 }
 
-/* dot (rows, tokens) += scale (tokens) * w (rows, k) x (k / 2, tokens, 2). */
+/* s (rows, tokens) += w (rows, 2) x (tokens, 2)'. */
+PLLM_INLINE void add_pairs(int rows, int vectors, const int16_t *w, ptrdiff_t w_stride, const int16_t *x,
+                           vi s[][MICRO_VECTORS])
+{
+    vs xs[MICRO_VECTORS];
+    for (int v = 0; v < vectors; v++)
+        xs[v] = vs_load(x + v * VS_WIDTH);
+    PLLM_UNROLL
+    for (int r = 0; r < rows; r++) {
+        const vs_pair pair = vs_load_pair(w + r * w_stride);
+        for (int v = 0; v < vectors; v++)
+            s[r][v] = vi_dot_pair(s[r][v], xs[v], pair);
+    }
+}
+
+/* dot (rows, tokens) += scale (tokens) * w (rows, k) x (k / 2, tokens, 2). k: a multiple of 4. */
 PLLM_INLINE void micro_tile(int rows, int vectors, const int16_t *w, ptrdiff_t w_stride, const int16_t *x,
                             ptrdiff_t k, const float *scale, float *dot)
 {
-    vi s[2 * MICRO_ROWS][MICRO_VECTORS];
+    vi s[MICRO_ROWS][MICRO_VECTORS];
     const int tokens = vectors * VF_WIDTH;
     PLLM_UNROLL
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++)
             s[r][v] = vi_set1(0);
-    for (ptrdiff_t i = 0; i < k; i += 2, x += 2 * tokens) {
-        vs xs[MICRO_VECTORS];
-        PLLM_UNROLL
-        for (int v = 0; v < vectors; v++)
-            xs[v] = vs_load(x + v * VS_WIDTH);
-        PLLM_UNROLL
-        for (int r = 0; r < rows; r++) {
-            const vs_pair pair = vs_load_pair(w + r * w_stride + i);
-            for (int v = 0; v < vectors; v++)
-                s[r][v] = vi_dot_pair(s[r][v], xs[v], pair);
-        }
+    for (ptrdiff_t i = 0; i < k; i += 4, x += 4 * tokens) {
+        add_pairs(rows, vectors, w + i, w_stride, x, s);
+        add_pairs(rows, vectors, w + i + 2, w_stride, x + 2 * tokens, s);
     }
     PLLM_UNROLL
     for (int r = 0; r < rows; r++)
@@ -107,19 +114,18 @@ static void micro_wide(const int16_t *w, ptrdiff_t w_stride, const int16_t *x, p
 static void micro_narrow(const int16_t *w, ptrdiff_t w_stride, const int16_t *x, ptrdiff_t k,
                          const float *scale, float *dot)
 {
-    micro_tile(2 * MICRO_ROWS, MICRO_VECTORS / 2, w, w_stride, x, k, scale, dot);
+    micro_tile(MICRO_ROWS, MICRO_VECTORS / 2, w, w_stride, x, k, scale, dot);
 }
 
 /* dot (rows, tokens) += scale (tokens) * w (rows, width) x (width / 2, tokens, 2).
- * rows: a multiple of 2 MICRO_ROWS.  tokens: WIDE or NARROW. */
+ * rows: a multiple of MICRO_ROWS.  tokens: WIDE or NARROW. */
 static void multiply_panel(const int16_t *w, ptrdiff_t rows, const int16_t *x, ptrdiff_t tokens,
                            ptrdiff_t width, const float *scale, float *dot)
 {
-    if (tokens == WIDE)
-        for (ptrdiff_t r = 0; r < rows; r += MICRO_ROWS)
+    for (ptrdiff_t r = 0; r < rows; r += MICRO_ROWS)
+        if (tokens == WIDE)
             micro_wide(w + r * width, width, x, width, scale, dot + r * tokens);
-    else
-        for (ptrdiff_t r = 0; r < rows; r += 2 * MICRO_ROWS)
+        else
             micro_narrow(w + r * width, width, x, width, scale, dot + r * tokens);
 }
 

@@ -6,7 +6,7 @@
 #include "infer.h"
 
 /* Register tile: MICRO_ROWS rows times MICRO_VECTORS vectors of tokens, and for what is left over
- * (or few tokens) twice the rows times half the tokens. */
+ * (or few tokens) half the tokens, times twice the rows in float32, whose sums each wait for the one before. */
 #if defined(PLLM_ISA_AVX512)
 enum { MICRO_ROWS = 12, MICRO_VECTORS = 2 };
 #elif defined(PLLM_ISA_AVX2)

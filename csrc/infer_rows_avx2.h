@@ -378,7 +378,21 @@ PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, con
     return sum;
 }
 
-/* The products of a span of a row of the matrix with a token, in lanes. Indices behind the row meet zeros. */
+/* The products of SPAN_VALUES values of a row of the matrix with a token, in lanes: short enough to do without a
+ * loop. */
+PLLM_INLINE __m256i whole_span_looked_up(const row_table *t, const uint8_t *source, const int8_t *x, int d, int bits,
+                                         int symmetric)
+{
+    enum { BOTH = LOOK_UP_VECTORS * LOOKED_UP };
+    const int source_step = BOTH / OCTET * bits, x_step = LOOK_UP_VECTORS * looked_up_bytes(d, symmetric);
+    __m256i sum = _mm256_setzero_si256();
+    PLLM_UNROLL
+    for (int i = 0; i < SPAN_VALUES / d / BOTH; i++)
+        sum = add_looked_up(t, source + i * source_step, x + i * x_step, LOOK_UP_VECTORS, d, bits, symmetric, sum);
+    return sum;
+}
+
+/* The same of any octets. Indices behind the row meet zeros. */
 PLLM_INLINE __m256i span_looked_up(const row_table *t, const uint8_t *source, const int16_t *x,
                                    ptrdiff_t octets, int d, int bits, int symmetric)
 {
@@ -388,13 +402,6 @@ PLLM_INLINE __m256i span_looked_up(const row_table *t, const uint8_t *source, co
     const uint8_t *const end = source + octets * bits, *const last = end - source_step;
     const int8_t *bytes = (const int8_t *)x;
     __m256i sum = _mm256_setzero_si256();
-    if (symmetric && octets == SPAN_VALUES / d / OCTET) { /* short enough to do without a loop */
-        PLLM_UNROLL
-        for (int i = 0; i < SPAN_VALUES / d / BOTH; i++)
-            sum = add_looked_up(t, source + i * source_step, bytes + i * x_step, LOOK_UP_VECTORS, d, bits,
-                                symmetric, sum);
-        return sum;
-    }
     for (; source <= last; source += source_step, bytes += x_step)
         sum = add_looked_up(t, source, bytes, LOOK_UP_VECTORS, d, bits, symmetric, sum);
     for (; source < end; source += LOOKED_UP / OCTET * bits, bytes += x_bytes)
@@ -409,13 +416,22 @@ enum form { FETCHED, PLAIN, SYMMETRIC }; /* how dot_rows gets at values */
 PLLM_INLINE void dot_rows(const row_table *t, const uint8_t *const *rows, const token_spans *token, int d,
                           int bits, enum form form, float *dot)
 {
+    enum { WHOLE = SPAN_VALUES / OCTET };
+    const int x_bytes = SPAN_VALUES / d / LOOKED_UP * looked_up_bytes(d, form == SYMMETRIC);
+    ptrdiff_t whole = 0; /* spans to do without a loop */
     __m128 total = _mm_setzero_ps();
+    if (form == SYMMETRIC && token->octets * d == WHOLE)
+        whole = token->spans - (token->last_octets < token->octets);
     for (ptrdiff_t first = 0; first < token->spans; first += SPANS_TOGETHER) {
         const ptrdiff_t behind = smaller(first + SPANS_TOGETHER, token->spans);
         __m256i sums[SPANS_TOGETHER][DOT_TOGETHER];
         for (int r = 0; r < DOT_TOGETHER; r++) {
             const uint8_t *source = rows[r] + first * token->octets * bits;
-            for (ptrdiff_t s = first; s < behind; s++, source += token->octets * bits) {
+            const int8_t *bytes = (const int8_t *)(token->x + first * token->width);
+            ptrdiff_t s = first;
+            for (; s < smaller(behind, whole); s++, source += WHOLE / d * bits, bytes += x_bytes)
+                sums[s - first][r] = whole_span_looked_up(t, source, bytes, d, bits, 1);
+            for (; s < behind; s++, source += token->octets * bits) {
                 const int16_t *const x = token->x + s * token->width;
                 const ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
                 sums[s - first][r] = form == FETCHED
@@ -427,8 +443,8 @@ PLLM_INLINE void dot_rows(const row_table *t, const uint8_t *const *rows, const 
             const __m256i *const here = sums[s - first];
             int32_t sum[DOT_TOGETHER];
             vi_sum4(sum, here[0], here[1], here[2], here[3]);
-            const __m128i whole = _mm_loadu_si128((const __m128i *)(const void *)sum);
-            total = _mm_fmadd_ps(_mm_set1_ps(token->scale[s]), _mm_cvtepi32_ps(whole), total);
+            const __m128i four = _mm_loadu_si128((const __m128i *)(const void *)sum);
+            total = _mm_fmadd_ps(_mm_set1_ps(token->scale[s]), _mm_cvtepi32_ps(four), total);
         }
     }
     _mm_storeu_ps(dot, total);

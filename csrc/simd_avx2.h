@@ -55,10 +55,11 @@ static inline vi vi_sra(vi a, int n) { return _mm256_sra_epi32(a, _mm_cvtsi32_si
 
 typedef __m256i vs;
 static inline vs vs_load(const int16_t *p) { return _mm256_loadu_si256(VF_PACKED(p)); }
+/* As intrinsics, gcc adds the products of several calls before it adds c, which it then keeps in memory. */
 static inline vi vi_dot(vi c, vs a, vs b)
 {
-    c = _mm256_add_epi32(c, _mm256_madd_epi16(a, b));
-    __asm__("" : "+x"(c)); /* or gcc adds products of several calls first, and keeps c in memory */
+    vi products;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(c), "=&x"(products) : "x"(a), "x"(b));
     return c;
 }
 typedef vs vs_pair;
