@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pocketllm import kernels
-from pocketllm.stored import with_signs
+from pocketllm.stored import INT8_MAX, SMALL_MAX, SMALL_SUBVECTOR, with_signs
 
 ISA_FLAGS = {
     "scalar": [],
@@ -55,10 +55,11 @@ class Codebook(NamedTuple):
         return cls(int(d), int(codewords), text.endswith("s"))
 
     def table(self, random: np.random.Generator) -> np.ndarray:
-        """Normal int8 values (K, d), or magnitudes with all their signs."""
+        """Normal int8 values (K, d), or magnitudes with all their signs as compression has them."""
         rows = self.codewords >> (self.d if self.symmetric else 0)
-        values = np.rint(random.standard_normal((rows, self.d)) * 36)
-        values = np.clip(values, -127, 127).astype(np.int8)
+        most = SMALL_MAX if self.symmetric and self.d == SMALL_SUBVECTOR else INT8_MAX
+        values = np.rint(random.standard_normal((rows, self.d)) * most / 3.5)
+        values = np.clip(values, -most, most).astype(np.int8)
         return with_signs(np.abs(values)) if self.symmetric else values
 
 

@@ -9,6 +9,7 @@ enum {
     TARGET_SLACK = 16,  /* values behind a decoded span that may be written */
     SPAN_STEP = 32,     /* spans are padded to whole vectors of every instruction set */
     SIXTEEN = 32,       /* bytes of a plane's sixteen values, each twice */
+    SMALL_VALUE = 64,   /* four products of which and a byte fit int16 */
     LOOKED_UP = 32,     /* indices looked up at once */
     LOOK_UP_VALUES = 4, /* the most values of their rows */
     WIDE_VALUES = 8192, /* tables up to this size are held as int16, in half a first-level cache */
@@ -25,6 +26,7 @@ struct row_table {
     int looked_up; /* in registers: no rows */
     int one_by_one; /* dot is used; when looked_up with activations as bytes, see arrange_bytes */
     int symmetric; /* looked_up: the d highest bits of an index are the signs of its row's values */
+    int small;     /* symmetric, and no value is above SMALL_VALUE: d = 4 only, see add_looked_up */
     int stride;    /* values from row to row; zeros behind the d */
     int pairing;   /* an index of this table is 2^pairing indices of the codec, side by side */
     /* looked_up: which of the values of 32 indices comes i-th; one_by_one, which byte of their multipliers */
@@ -85,14 +87,14 @@ static int is_symmetric(const pllm_codec *c)
     return 1;
 }
 
-/* Whether the negative of every value is a byte too. */
-static int has_negatives(const pllm_codec *c)
+/* The smallest value of a table, 0 at most. */
+static int smallest_of(const pllm_codec *c)
 {
     const int8_t *const table = c->table;
     int smallest = 0;
     for (ptrdiff_t i = 0; i < (ptrdiff_t)c->k * c->d; i++)
         smallest = table[i] < smallest ? table[i] : smallest;
-    return smallest > -128;
+    return smallest;
 }
 
 /* Which of 32 indices is at place i once they are bytes in a vector, see indices_as_bytes: in order, or
@@ -118,7 +120,8 @@ static void plan_order(row_table *t)
 static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tokens)
 {
     row_table t = {.d = c->d, .bits = c->index_bits, .symmetric = is_symmetric(c)};
-    t.looked_up = is_looked_up(t.d, t.bits, t.symmetric) && (t.symmetric || has_negatives(c));
+    t.looked_up = is_looked_up(t.d, t.bits, t.symmetric) && smallest_of(c) > -128; /* each has a negative */
+    t.small = t.looked_up && t.symmetric && t.d == 4 && smallest_of(c) >= -SMALL_VALUE;
     if (t.looked_up && !t.symmetric)
         pair_up(&t, indices, 4, 4, PAIRED_VALUES); /* sixteen rows are one look-up, whatever their number */
     else if (!t.looked_up)

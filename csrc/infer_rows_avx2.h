@@ -343,13 +343,16 @@ PLLM_INLINE void decode_looked_up(const row_table *t, const uint8_t *source, ptr
     }
 }
 
+enum form { FETCHED, PLAIN, SYMMETRIC, SMALL }; /* how values are got at; SMALL: symmetric, up to SMALL_VALUE */
+
 /* sum + the products of `vectors` times 32 rows with the bytes at x (arrange_bytes). A product of bytes is that
- * of an unsigned with a signed one: of a magnitude with what got its sign, so that pairs stay in int16. */
+ * of an unsigned with a signed one: of a magnitude with what got its sign, so that pairs stay in int16, and two
+ * pairs of small values, which have one multiplier. */
 PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, const int8_t *x, int vectors,
-                                  int d, int bits, int symmetric, __m256i sum)
+                                  int d, int bits, enum form form, __m256i sum)
 {
     const __m256i *xs = (const __m256i *)(const void *)x;
-    const int x_vectors = looked_up_bytes(d, symmetric) / LOOKED_UP;
+    const int symmetric = form != PLAIN, x_vectors = looked_up_bytes(d, symmetric) / LOOKED_UP;
     __m256i index[LOOK_UP_VECTORS], row[LOOK_UP_VECTORS] = {_mm256_setzero_si256()};
     __m256i value[LOOK_UP_VECTORS][LOOK_UP_VALUES];
     PLLM_UNROLL
@@ -359,7 +362,7 @@ PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, con
     PLLM_UNROLL
     for (int i = 0; i < vectors; i++, xs += x_vectors) {
         const __m256i multiplier = _mm256_load_si256(xs);
-        __m256i signs = signs_of(index[i], bits);
+        __m256i signs = signs_of(index[i], bits), before = _mm256_setzero_si256();
         PLLM_UNROLL
         for (int j = d - 1; j >= 0; j--) {
             __m256i products;
@@ -372,6 +375,11 @@ PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, con
                 const __m256i x_signs = _mm256_load_si256(xs + 2 + 2 * j);
                 products = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(value[i][j], x_signs));
             }
+            if (form == SMALL && j % 2) {
+                before = products;
+                continue;
+            }
+            products = form == SMALL ? _mm256_add_epi16(before, products) : products;
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, multiplier));
         }
     }
@@ -381,46 +389,46 @@ PLLM_INLINE __m256i add_looked_up(const row_table *t, const uint8_t *source, con
 /* The products of SPAN_VALUES values of a row of the matrix with a token, in lanes: short enough to do without a
  * loop. */
 PLLM_INLINE __m256i whole_span_looked_up(const row_table *t, const uint8_t *source, const int8_t *x, int d, int bits,
-                                         int symmetric)
+                                         enum form form)
 {
     enum { BOTH = LOOK_UP_VECTORS * LOOKED_UP };
-    const int source_step = BOTH / OCTET * bits, x_step = LOOK_UP_VECTORS * looked_up_bytes(d, symmetric);
+    const int source_step = BOTH / OCTET * bits, x_step = LOOK_UP_VECTORS * looked_up_bytes(d, form != PLAIN);
     __m256i sum = _mm256_setzero_si256();
     PLLM_UNROLL
     for (int i = 0; i < SPAN_VALUES / d / BOTH; i++)
-        sum = add_looked_up(t, source + i * source_step, x + i * x_step, LOOK_UP_VECTORS, d, bits, symmetric, sum);
+        sum = add_looked_up(t, source + i * source_step, x + i * x_step, LOOK_UP_VECTORS, d, bits, form, sum);
     return sum;
 }
 
 /* The same of any octets. Indices behind the row meet zeros. */
 PLLM_INLINE __m256i span_looked_up(const row_table *t, const uint8_t *source, const int16_t *x,
-                                   ptrdiff_t octets, int d, int bits, int symmetric)
+                                   ptrdiff_t octets, int d, int bits, enum form form)
 {
     enum { BOTH = LOOK_UP_VECTORS * LOOKED_UP };
-    const int x_bytes = looked_up_bytes(d, symmetric);
+    const int x_bytes = looked_up_bytes(d, form != PLAIN);
     const int source_step = BOTH / OCTET * bits, x_step = LOOK_UP_VECTORS * x_bytes;
     const uint8_t *const end = source + octets * bits, *const last = end - source_step;
     const int8_t *bytes = (const int8_t *)x;
     __m256i sum = _mm256_setzero_si256();
     for (; source <= last; source += source_step, bytes += x_step)
-        sum = add_looked_up(t, source, bytes, LOOK_UP_VECTORS, d, bits, symmetric, sum);
+        sum = add_looked_up(t, source, bytes, LOOK_UP_VECTORS, d, bits, form, sum);
     for (; source < end; source += LOOKED_UP / OCTET * bits, bytes += x_bytes)
-        sum = add_looked_up(t, source, bytes, 1, d, bits, symmetric, sum);
+        sum = add_looked_up(t, source, bytes, 1, d, bits, form, sum);
     return sum;
 }
 
 enum { SPANS_TOGETHER = 32 }; /* of a row, before those of the next: rows read in parts take half as long again */
-enum form { FETCHED, PLAIN, SYMMETRIC }; /* how dot_rows gets at values */
 
 /* dot (DOT_TOGETHER) = the dot products of as many rows of the matrix with a token. */
 PLLM_INLINE void dot_rows(const row_table *t, const uint8_t *const *rows, const token_spans *token, int d,
                           int bits, enum form form, float *dot)
 {
     enum { WHOLE = SPAN_VALUES / OCTET };
-    const int x_bytes = SPAN_VALUES / d / LOOKED_UP * looked_up_bytes(d, form == SYMMETRIC);
+    const int all_signs = form == SYMMETRIC || form == SMALL;
+    const int x_bytes = SPAN_VALUES / d / LOOKED_UP * looked_up_bytes(d, all_signs);
     ptrdiff_t whole = 0; /* spans to do without a loop */
     __m128 total = _mm_setzero_ps();
-    if (form == SYMMETRIC && token->octets * d == WHOLE)
+    if (all_signs && token->octets * d == WHOLE)
         whole = token->spans - (token->last_octets < token->octets);
     for (ptrdiff_t first = 0; first < token->spans; first += SPANS_TOGETHER) {
         const ptrdiff_t behind = smaller(first + SPANS_TOGETHER, token->spans);
@@ -430,13 +438,13 @@ PLLM_INLINE void dot_rows(const row_table *t, const uint8_t *const *rows, const 
             const int8_t *bytes = (const int8_t *)(token->x + first * token->width);
             ptrdiff_t s = first;
             for (; s < smaller(behind, whole); s++, source += WHOLE / d * bits, bytes += x_bytes)
-                sums[s - first][r] = whole_span_looked_up(t, source, bytes, d, bits, 1);
+                sums[s - first][r] = whole_span_looked_up(t, source, bytes, d, bits, form);
             for (; s < behind; s++, source += token->octets * bits) {
                 const int16_t *const x = token->x + s * token->width;
                 const ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
                 sums[s - first][r] = form == FETCHED
                                          ? span_fetched(t, source, x, octets, d, bits)
-                                         : span_looked_up(t, source, x, octets, d, bits, form == SYMMETRIC);
+                                         : span_looked_up(t, source, x, octets, d, bits, form);
             }
         }
         for (ptrdiff_t s = first; s < behind; s++) {
@@ -471,41 +479,51 @@ EACH_BITS(FETCH_FUNCTIONS, 4)
 EACH_BITS(FETCH_FUNCTIONS, 8)
 EACH_BITS(FETCH_FUNCTIONS, 16)
 
-#define LOOK_UP_FUNCTIONS(D, B, S) \
+#define DECODE_LOOKED_UP(D, B, S) \
     static void decode_looked_up_##D##_##B##_##S(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
                                                  int16_t *target) \
     { \
         decode_looked_up(t, source, octets, D, B, S, target); \
-    } \
-    static void dot_looked_up_##D##_##B##_##S(const row_table *t, const uint8_t *const *rows, \
-                                              const token_spans *token, float *dot) \
-    { \
-        dot_rows(t, rows, token, D, B, S ? SYMMETRIC : PLAIN, dot); \
     }
-#define PLAIN_LOOK_UP(D, B) LOOK_UP_FUNCTIONS(D, B, 0)
-#define SYMMETRIC_LOOK_UP(D, B) LOOK_UP_FUNCTIONS(D, B, 1)
+#define DOT_LOOKED_UP(D, B, FORM) \
+    static void dot_looked_up_##D##_##B##_##FORM(const row_table *t, const uint8_t *const *rows, \
+                                                 const token_spans *token, float *dot) \
+    { \
+        dot_rows(t, rows, token, D, B, FORM, dot); \
+    }
+#define PLAIN_LOOK_UP(D, B) DECODE_LOOKED_UP(D, B, 0) DOT_LOOKED_UP(D, B, PLAIN)
+#define SYMMETRIC_LOOK_UP(D, B) DECODE_LOOKED_UP(D, B, 1) DOT_LOOKED_UP(D, B, SYMMETRIC)
+#define SMALL_LOOK_UP(D, B) DOT_LOOKED_UP(D, B, SMALL)
 UP_TO_8(PLAIN_LOOK_UP, 1)
 UP_TO_8(PLAIN_LOOK_UP, 2)
 PLAIN_LOOK_UP(4, 2) PLAIN_LOOK_UP(4, 3) PLAIN_LOOK_UP(4, 4) PLAIN_LOOK_UP(4, 6)
 FROM_5_TO_8(SYMMETRIC_LOOK_UP, 1)
 FROM_5_TO_8(SYMMETRIC_LOOK_UP, 2)
 FROM_5_TO_8(SYMMETRIC_LOOK_UP, 4)
-#define PLAIN_ENTRY(D, B) {decode_looked_up_##D##_##B##_0, dot_looked_up_##D##_##B##_0},
-#define SYMMETRIC_ENTRY(D, B) {decode_looked_up_##D##_##B##_1, dot_looked_up_##D##_##B##_1},
+FROM_5_TO_8(SMALL_LOOK_UP, 4)
+#define PLAIN_ENTRY(D, B) {decode_looked_up_##D##_##B##_0, dot_looked_up_##D##_##B##_PLAIN},
+#define SYMMETRIC_ENTRY(D, B) {decode_looked_up_##D##_##B##_1, dot_looked_up_##D##_##B##_SYMMETRIC},
+#define SMALL_ENTRY(D, B) {decode_looked_up_##D##_##B##_1, dot_looked_up_##D##_##B##_SMALL},
 #define NO_ENTRY {NULL, NULL},
-static const row_functions look_up_functions[2][3][8] = {
+#define NO_4_ENTRIES NO_ENTRY NO_ENTRY NO_ENTRY NO_ENTRY
+static const row_functions look_up_functions[3][3][8] = {
     {{UP_TO_8(PLAIN_ENTRY, 1)},
      {UP_TO_8(PLAIN_ENTRY, 2)},
      {NO_ENTRY PLAIN_ENTRY(4, 2) PLAIN_ENTRY(4, 3) PLAIN_ENTRY(4, 4) NO_ENTRY PLAIN_ENTRY(4, 6)}},
-    {{NO_ENTRY NO_ENTRY NO_ENTRY NO_ENTRY FROM_5_TO_8(SYMMETRIC_ENTRY, 1)},
-     {NO_ENTRY NO_ENTRY NO_ENTRY NO_ENTRY FROM_5_TO_8(SYMMETRIC_ENTRY, 2)},
-     {NO_ENTRY NO_ENTRY NO_ENTRY NO_ENTRY FROM_5_TO_8(SYMMETRIC_ENTRY, 4)}}};
-#undef LOOK_UP_FUNCTIONS
+    {{NO_4_ENTRIES FROM_5_TO_8(SYMMETRIC_ENTRY, 1)},
+     {NO_4_ENTRIES FROM_5_TO_8(SYMMETRIC_ENTRY, 2)},
+     {NO_4_ENTRIES FROM_5_TO_8(SYMMETRIC_ENTRY, 4)}},
+    {{NO_ENTRY}, {NO_ENTRY}, {NO_4_ENTRIES FROM_5_TO_8(SMALL_ENTRY, 4)}}};
+#undef DECODE_LOOKED_UP
+#undef DOT_LOOKED_UP
 #undef PLAIN_LOOK_UP
 #undef SYMMETRIC_LOOK_UP
+#undef SMALL_LOOK_UP
 #undef PLAIN_ENTRY
 #undef SYMMETRIC_ENTRY
+#undef SMALL_ENTRY
 #undef NO_ENTRY
+#undef NO_4_ENTRIES
 
 #define FETCH_ENTRY(D, B) {decode_##D##_##B, dot_##D##_##B},
 static const row_functions fetch_functions[4][PLLM_MAX_BITS] = {{EACH_BITS(FETCH_ENTRY, 2)},
@@ -519,7 +537,7 @@ static const row_functions fetch_functions[4][PLLM_MAX_BITS] = {{EACH_BITS(FETCH
 static row_functions functions_for(const row_table *t)
 {
     if (t->looked_up)
-        return look_up_functions[t->symmetric][t->d / 2][t->bits - 1];
+        return look_up_functions[t->symmetric + t->small][t->d / 2][t->bits - 1];
     for (int kind = 0; kind < 4; kind++)
         if (t->stride == 2 << kind)
             return fetch_functions[kind][t->bits - 1];

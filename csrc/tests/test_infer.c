@@ -234,8 +234,8 @@ static void check_spans(const pllm_kernels *k, int d, int bits, int tokens)
     free_fixture(&f);
 }
 
-/* Tables whose rows have each combination of signs; `flaw`: all but one of their values. */
-static void check_symmetric(const pllm_kernels *k, int d, int bits, int flaw, int tokens)
+/* Tables whose rows have each combination of signs, up to `most`; `flaw`: all but one of their values. */
+static void check_symmetric(const pllm_kernels *k, int d, int bits, int flaw, int tokens, int most)
 {
     fixture f;
     fill_fixture(&f, k, (infer_case){5, 1031, d, 1 << bits, bits, 1, DENSE, tokens}, 0);
@@ -243,12 +243,28 @@ static void check_symmetric(const pllm_kernels *k, int d, int bits, int flaw, in
     for (int row = 0; row < 1 << bits; row++)
         for (int j = 0; j < d; j++) {
             int8_t *const value = f.table_i8 + row * d + j;
-            *value = (int8_t)(row < base ? abs(*value) : f.table_i8[row % base * d + j]);
+            *value = (int8_t)(row < base ? abs(*value) % (most + 1) : f.table_i8[row % base * d + j]);
             if (row / base >> j & 1)
                 *value = (int8_t)-*value;
         }
     if (flaw)
         f.table_i8[random_bits() % (unsigned)(d << bits)] ^= 1;
+    fill_dense(&f, k);
+    check_matmul(k, &f, PLLM_ACTIVATIONS_INTEGER);
+    free_fixture(&f);
+}
+
+/* d = 4 with all signs: magnitudes at the most that products of bytes may have to be added in pairs, or one above, and
+ * activations of one magnitude. */
+static void check_small(const pllm_kernels *k, int bits, int most)
+{
+    fixture f;
+    fill_fixture(&f, k, (infer_case){5, 1031, 4, 1 << bits, bits, 1, DENSE, 1}, 0);
+    for (int row = 0; row < 1 << bits; row++)
+        for (int j = 0; j < 4; j++)
+            f.table_i8[row * 4 + j] = (int8_t)(row >> (bits - 4 + j) & 1 ? -most : most);
+    for (int i = 0; i < 1031; i++)
+        f.x[i] = i % 7 ? 3.0f : -3.0f;
     fill_dense(&f, k);
     check_matmul(k, &f, PLLM_ACTIVATIONS_INTEGER);
     free_fixture(&f);
@@ -273,9 +289,13 @@ static void check_forms(const pllm_kernels *k)
     }
     for (int bits = 4; bits <= 8; bits++)
         for (int d = 1; d <= 4; d++) {
-            check_symmetric(k, d, bits, (bits + d) % 4 == 0, 1);
-            check_symmetric(k, d, bits, 0, several[(d + bits) % 5]);
+            check_symmetric(k, d, bits, (bits + d) % 4 == 0, 1, 127);
+            check_symmetric(k, d, bits, 0, 1, 64);
+            check_symmetric(k, d, bits, 0, several[(d + bits) % 5], bits % 2 ? 64 : 127);
         }
+    for (int bits = 5; bits <= 8; bits++)
+        for (int i = 0; i < 3; i++)
+            check_small(k, bits, i == 2 ? 127 : 64 + i);
     for (int bits = 6; bits <= 9; bits++)
         check_extremes(k, 4, bits, 1);
     for (int bits = 4; bits <= 8; bits += 2)
