@@ -79,9 +79,10 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-# A compression that waits, once some parts are stored, for a signal to end it.
+# A compression that waits, once some parts are stored, for a signal to end it. Whoever started the
+# tests may have told them to ignore Ctrl-C.
 WAITING = """
-import sys, time
+import signal, sys, time
 from pocketllm import cli
 from pocketllm.workspace import Workspace
 
@@ -94,6 +95,7 @@ def waiting_store(self, name, arrays):
     stored.append(name)
 
 Workspace.store = waiting_store
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(cli.main(sys.argv[1:]))
 """
 
