@@ -14,9 +14,9 @@
 #include "infer_rows.h"
 
 enum {
-    FEW_TOKENS = 6,      /* that do not fill a panel */
-    TILE_ROWS_FEW = 16,  /* rows decoded at a time for them: half of a first-level cache */
-    TOKEN_BLOCK = 512,   /* tokens per pass over the matrix; a multiple of every WIDE */
+    FEW_TOKENS = 6,           /* that do not fill a panel; no more are taken one by one */
+    TILE_ROWS_FEW = 16,       /* rows decoded at a time for them: half of a first-level cache */
+    TOKEN_BLOCK = 512,        /* tokens per pass over the matrix; a multiple of every WIDE */
     LARGEST_BYTE = 127,       /* of an activation, either sign */
     LARGEST_MULTIPLIER = 257, /* of a block of them */
     LARGEST = LARGEST_BYTE * LARGEST_MULTIPLIER,

@@ -1,8 +1,7 @@
 /* infer_rows_avx2.h - fetching table rows on AVX2, for rows of 2, 4, 8 and 16 values: d and
  * the bits of an index are compile-time constants, sixteen values at a time stay in registers. The cost is the
  * number of instructions per index: about 1.5 to cut it out, 1 to 2 to fetch its row, 1 to multiply.
- * For one token other rows are filled up with zeros to these sizes, and small tables are looked up in registers
- * instead.
+ * For one token other rows are filled up with zeros to these sizes. Small tables are looked up in registers instead.
  * Included by infer_rows_any.h only. */
 #ifndef PLLM_INFER_ROWS_AVX2_H
 #define PLLM_INFER_ROWS_AVX2_H
