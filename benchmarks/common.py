@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pocketllm import kernels
-from pocketllm.stored import INT8_MAX, SMALL_MAX, SMALL_SUBVECTOR, with_signs
+from pocketllm.stored import largest_value, with_signs
 
 ISA_FLAGS = {
     "scalar": [],
@@ -57,7 +57,7 @@ class Codebook(NamedTuple):
     def table(self, random: np.random.Generator) -> np.ndarray:
         """Normal int8 values (K, d), or magnitudes with all their signs as compression has them."""
         rows = self.codewords >> (self.d if self.symmetric else 0)
-        most = SMALL_MAX if self.symmetric and self.d == SMALL_SUBVECTOR else INT8_MAX
+        most = largest_value(self.d, self.symmetric)
         values = np.rint(random.standard_normal((rows, self.d)) * most / 3.5)
         values = np.clip(values, -most, most).astype(np.int8)
         return with_signs(np.abs(values)) if self.symmetric else values

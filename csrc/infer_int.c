@@ -49,9 +49,7 @@ static view view_of(const pllm_matrix *w, ptrdiff_t tokens)
     const ptrdiff_t count = (w->in_features + c->d - 1) / c->d;
     view v = {.w = w, .table = plan_rows(c, w->out_features * count, tokens)};
     v.functions = functions_for(&v.table);
-    v.tokens = panels_for(tokens);
-    if (is_few(tokens))
-        v.tokens = (panels){tokens, 1, tokens};
+    v.tokens = is_few(tokens) ? (panels){tokens, 1, tokens} : panels_for(tokens);
     v.count = ((count - 1) >> v.table.pairing) + 1;
     v.row_stride_bytes = pllm_row_stride_bytes(count, c->index_bits);
     v.tail = w->out_features - smaller(w->out_features, OCTET_BYTES / v.row_stride_bytes + 1);

@@ -120,8 +120,9 @@ static void plan_order(row_table *t)
 static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tokens)
 {
     row_table t = {.d = c->d, .bits = c->index_bits, .symmetric = is_symmetric(c)};
-    t.looked_up = is_looked_up(t.d, t.bits, t.symmetric) && smallest_of(c) > -128; /* each has a negative */
-    t.small = t.looked_up && t.symmetric && t.d == 4 && smallest_of(c) >= -SMALL_VALUE;
+    const int smallest = is_looked_up(t.d, t.bits, t.symmetric) ? smallest_of(c) : -128;
+    t.looked_up = smallest > -128; /* each value has a negative */
+    t.small = t.symmetric && t.d == 4 && smallest >= -SMALL_VALUE;
     if (t.looked_up && !t.symmetric)
         pair_up(&t, indices, 4, 4, PAIRED_VALUES); /* sixteen rows are one look-up, whatever their number */
     else if (!t.looked_up)

@@ -45,6 +45,18 @@
 #include "simd_scalar.h"
 #endif
 
+#if defined(PLLM_ISA_AVX2) || defined(PLLM_ISA_AVX512)
+typedef vs vs_pair;
+#define VS_PLACE(lane, which) (2 * (lane) + (which))
+static inline vs_pair vs_load_pair(const int16_t *p)
+{
+    int32_t both;
+    memcpy(&both, p, sizeof both);
+    return vi_set1(both);
+}
+static inline vi vi_dot_pair(vi c, vs a, vs_pair b) { return vi_dot(c, a, b); }
+#endif
+
 /* Sixteen virtual lanes, the same on every instruction set: the value at position p of a long sum
  * belongs to lane p mod 16, and the lanes are added up in one fixed order. */
 enum { VF16_PARTS = 16 / VF_WIDTH };

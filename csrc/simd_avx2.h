@@ -62,15 +62,6 @@ static inline vi vi_dot(vi c, vs a, vs b)
     __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(c), "=&x"(products) : "x"(a), "x"(b));
     return c;
 }
-typedef vs vs_pair;
-#define VS_PLACE(lane, which) (2 * (lane) + (which))
-static inline vs_pair vs_load_pair(const int16_t *p)
-{
-    int32_t both;
-    memcpy(&both, p, sizeof both);
-    return _mm256_set1_epi32(both);
-}
-static inline vi vi_dot_pair(vi c, vs a, vs_pair b) { return vi_dot(c, a, b); }
 static inline void vi_sum4(int32_t *sums, vi a, vi b, vi c, vi d)
 {
     const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));

@@ -89,15 +89,6 @@ static inline vi vi_dot_bytes(vi c, __m512i a, __m512i b)
     return c;
 }
 #undef VI_ADD_PRODUCTS
-typedef vs vs_pair;
-#define VS_PLACE(lane, which) (2 * (lane) + (which))
-static inline vs_pair vs_load_pair(const int16_t *p)
-{
-    int32_t both;
-    memcpy(&both, p, sizeof both);
-    return _mm512_set1_epi32(both);
-}
-static inline vi vi_dot_pair(vi c, vs a, vs_pair b) { return vi_dot(c, a, b); }
 
 static inline __m256i vi_fold(vi a)
 {

@@ -142,10 +142,9 @@ def train_stored_codec(
         iterations=REFINE_ITERATIONS,
         seed=config.seed,
     )
-    most = INT8_MAX
     if symmetric:
         table = with_signs(np.maximum(table, 0))
-        most = SMALL_MAX if spec.subvector == SMALL_SUBVECTOR else INT8_MAX
+    most = largest_value(spec.subvector, symmetric)
     return StoredCodec(spec, round_table(table, spec.storage, most), None, result.warnings)
 
 
@@ -167,6 +166,11 @@ def with_signs(magnitudes: np.ndarray) -> np.ndarray:
     n, d = magnitudes.shape
     signs = 1 - 2 * (np.arange(2**d)[:, None] >> np.arange(d) & 1).astype(magnitudes.dtype)
     return (signs[:, None] * magnitudes).reshape(2**d * n, d)
+
+
+def largest_value(d: int, symmetric: bool) -> int:
+    """What the largest magnitude of an int8 table becomes."""
+    return SMALL_MAX if symmetric and d == SMALL_SUBVECTOR else INT8_MAX
 
 
 def _training_length(
