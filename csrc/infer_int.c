@@ -16,6 +16,7 @@
 enum {
     FEW_TOKENS = 6,           /* that do not fill a panel; no more are taken one by one */
     TILE_ROWS_FEW = 16,       /* rows decoded at a time for them: half of a first-level cache */
+    SHARES = 8,               /* of the rows, for each thread to take when it is ready, if tokens go one by one */
     TOKEN_BLOCK = 512,        /* tokens per pass over the matrix; a multiple of every WIDE */
     LARGEST_BYTE = 127,       /* of an activation, either sign */
     LARGEST_MULTIPLIER = 257, /* of a block of them */
@@ -184,7 +185,8 @@ static ptrdiff_t octets_of(const view *v, ptrdiff_t s)
 static void multiply_one_by_one(const view *v, const float *bias, float *y, int threads)
 {
     const pllm_matrix *w = v->w;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    const ptrdiff_t share = 1 + w->out_features / (DOT_TOGETHER * SHARES * threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, share) if (threads > 1)
     for (ptrdiff_t first = 0; first < w->out_features; first += DOT_TOGETHER) {
         const uint8_t *rows[DOT_TOGETHER];
         float dot[DOT_TOGETHER];

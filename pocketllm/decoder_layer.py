@@ -11,6 +11,7 @@ transformers.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_p
 _CAPTURING = "transformers.utils.output_capturing"
 # What is collected of whole layers.
 _OF_LAYERS = {"hidden_states", "_hidden_states_layers"}
+_version = operator.attrgetter("_version")
 
 
 def install(model: nn.Module) -> None:
@@ -49,23 +51,55 @@ def uninstall(model: nn.Module) -> None:
             module.__class__ = module.original
 
 
+class _Watch:
+    """Modules whose parts, tensors and hooks are looked at again before every token, which is why
+    all of it lies in flat lists that are compared without a loop in Python.
+
+    Args:
+        modules: those that compute; nobody may follow or replace what they do.
+        codecs: those that only hold tensors.
+        places: dictionaries and keys of what else must stay.
+    """
+
+    def __init__(
+        self, modules: list[nn.Module], codecs: list[nn.Module], places: list[tuple[Any, str]]
+    ) -> None:
+        places = [*places, *((module.__dict__, "forward") for module in modules)]
+        for module in (*modules, *codecs):
+            places += [(d, name) for d in (module._parameters, module._buffers) for name in d]
+        self._dicts, self._keys = zip(*places, strict=True)
+        self._values = list(map(dict.get, self._dicts, self._keys))
+        tensors = {id(v): v for v in self._values if isinstance(v, Tensor)}.values()
+        self._counted = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._versions = list(map(_version, self._counted))
+        self._before = [module._forward_pre_hooks for module in modules]
+        self._behind = [module._forward_hooks for module in modules]
+
+    def is_unchanged(self) -> bool:
+        """Whether everything is what it was."""
+        return (
+            all(map(operator.is_, map(dict.get, self._dicts, self._keys), self._values))
+            and list(map(_version, self._counted)) == self._versions
+        )
+
+    def is_followed(self) -> bool:
+        """Whether a hook waits for what the modules compute."""
+        return any(self._before) or not all(
+            map(_is_idle, itertools.chain.from_iterable(map(dict.values, self._behind)))
+        )
+
+
 class _Plan(NamedTuple):
-    """What the kernels were given of a layer, to see whether it still is that.
+    """What the kernels were given of a layer.
 
     Attributes:
-        parts: the modules inside the layer.
-        arrays: of the seven matrices.
-        tensors: norms and biases; None where there is none.
-        versions: theirs.
+        watch: whether it still is that.
         held: for :func:`pocketllm.kernels.project_at`.
         widths: of queries, and of keys and values.
         head: width of a head.
     """
 
-    parts: tuple[nn.Module | None, ...]
-    arrays: tuple[ops.Arrays, ...]
-    tensors: tuple[Tensor | None, ...]
-    versions: list[int]
+    watch: _Watch
     held: object
     widths: tuple[int, int]
     head: int
@@ -147,19 +181,11 @@ class OneTokenLayer(nn.Module):
     def _planned(self) -> _Plan | None:
         """The layer as the kernels take it, kept until a part of it changes; None: it is changed
         so that they cannot."""
-        parts = _parts(self)
-        if any(map(_is_hooked, parts)) or torch_module._has_any_global_hook():
-            return None
         plan: _Plan | None = self.__dict__.get("_plan")
-        if plan is not None and all(map(operator.is_, parts, plan.parts)):
-            arrays = [part._arrays() for part in parts[:7]]
-            if (
-                all(map(operator.is_, arrays, plan.arrays))
-                and all(map(operator.is_, _tensors(parts), plan.tensors))
-                and list(map(ops.version, plan.tensors)) == plan.versions
-            ):
-                return plan
-        plan = self.__dict__["_plan"] = _make_plan(self, parts)
+        if plan is None or not plan.watch.is_unchanged():
+            plan = self.__dict__["_plan"] = _make_plan(self)
+        if plan is None or plan.watch.is_followed() or torch_module._has_any_global_hook():
+            return None
         return plan
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -181,18 +207,6 @@ def _class_of(original: type[nn.Module]) -> type[nn.Module]:
 def _new(original: type[nn.Module]) -> nn.Module:
     module: nn.Module = object.__new__(_class_of(original))
     return module
-
-
-def _is_hooked(part: Any) -> bool:
-    """Whether somebody follows or replaces what the module computes."""
-    if part is None:
-        return False
-    hooks = part._forward_hooks
-    return bool(
-        part._forward_pre_hooks
-        or "forward" in part.__dict__
-        or (hooks and not all(map(_is_idle, hooks.values())))
-    )
 
 
 def _is_idle(hook: Any) -> bool:
@@ -217,33 +231,29 @@ def _grows(past: Any, index: int, x: Tensor) -> bool:
     return keys.dtype == x.dtype and keys.is_cpu and keys.dim() == 4 and keys.shape[0] == 1
 
 
-def _parts(layer: nn.Module) -> tuple[Any, ...]:
-    """The seven matrices, the norms (those of heads may be missing), the rest."""
+def _places(layer: nn.Module) -> list[tuple[Any, str]]:
+    """Where the seven matrices are, the norms (those of heads may be missing), the rest."""
     inside = layer._modules
     attention, mlp = inside.get("self_attn"), inside.get("mlp")
     in_attention = attention._modules if attention is not None else {}
     in_mlp = mlp._modules if mlp is not None else {}
-    return (
-        *[in_attention.get(name) for name in _ATTENTION],
-        *[in_mlp.get(name) for name in _MLP],
-        inside.get("input_layernorm"),
-        inside.get("post_attention_layernorm"),
-        in_attention.get("q_norm"),
-        in_attention.get("k_norm"),
-        attention,
-        mlp,
-        in_mlp.get("act_fn"),
-    )
-
-
-def _tensors(parts: tuple[Any, ...]) -> list[Tensor | None]:
-    return [part.bias for part in parts[:7]] + [
-        None if part is None else part.weight for part in parts[7:11]
+    return [
+        *((in_attention, name) for name in _ATTENTION),
+        *((in_mlp, name) for name in _MLP),
+        (inside, "input_layernorm"),
+        (inside, "post_attention_layernorm"),
+        (in_attention, "q_norm"),
+        (in_attention, "k_norm"),
+        (inside, "self_attn"),
+        (inside, "mlp"),
+        (in_mlp, "act_fn"),
     ]
 
 
-def _make_plan(layer: nn.Module, parts: tuple[Any, ...]) -> _Plan | None:
+def _make_plan(layer: nn.Module) -> _Plan | None:
     """None where a part is not what the kernels compute."""
+    places = _places(layer)
+    parts = [inside.get(name) for inside, name in places]
     matrices, norms, (attention, mlp, activation) = parts[:7], parts[7:11], parts[11:]
     if not all(type(part) is PocketLinear for part in matrices):
         return None
@@ -255,21 +265,24 @@ def _make_plan(layer: nn.Module, parts: tuple[Any, ...]) -> _Plan | None:
         or attention.config._attn_implementation not in ("sdpa", "eager")
         or (norms[2] is None) != (norms[3] is None)
         or len(epsilons) != 1
+        or any("forward" in part.__dict__ for part in parts if part is not None)
     ):
         return None
-    tensors = tuple(_tensors(parts))
+    tensors = [part.bias for part in matrices]
+    tensors += [None if part is None else part.weight for part in norms]
     if any(tensor is not None and not tensor.is_cpu for tensor in tensors):
         return None
+    places += [(part.__dict__, "_codec") for part in matrices]
+    modules = [part for part in parts if part is not None]
+    watch = _Watch(modules, list(dict.fromkeys(part.codec for part in matrices)), places)
     floats = [None if t is None else t.detach().float().contiguous().numpy() for t in tensors]
-    arrays = tuple(part._arrays() for part in matrices)
     head = attention.head_dim
     held = kernels.hold_layer(
-        tuple(a.held for a in arrays),
+        tuple(part._arrays().held for part in matrices),
         tuple(floats[:7]),
         tuple(floats[7:]),
         head,
         epsilons.pop(),
         attention.scaling,
     )
-    widths = matrices[0].out_features, matrices[1].out_features
-    return _Plan(parts, arrays, tensors, list(map(ops.version, tensors)), held, widths, head)
+    return _Plan(watch, held, (matrices[0].out_features, matrices[1].out_features), head)
