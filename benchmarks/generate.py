@@ -8,13 +8,14 @@ memory and the compressed one gets random indices; it goes through the checkpoin
 from_pretrained and generate like any other. The head is compressed with the layers, the embedding
 is only looked up. Before timing, one layer of the loaded model is compared with its dequantised
 matrix. The compressed model is timed once more with transformers' decoder layers in place of ours.
-The models take turns; with one thread times are processor time, else wall time. Each token is timed
-on its own, from 4 tokens of prompt on.
+The models take turns, five of generation for each with the long prompt; with one thread times are
+processor time, else wall time. Each token is timed on its own, from 4 tokens of prompt on.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -40,6 +41,7 @@ from pocketllm.tensorfile import ArrayTensor
 # layers, hidden, intermediate, heads, key-value heads, vocabulary
 SIZE = (16, 2048, 8192, 32, 8, 32000)
 QUICK = (2, 64, 128, 4, 2, 256)
+REPEATS = 5  # of generation for each prompt, the first not counted
 
 
 def dense_model(config: LlamaConfig) -> nn.Module:
@@ -243,7 +245,6 @@ def main() -> None:
     size = QUICK if options.quick else (options.layers, *SIZE[1:])
     config = llama_config(size, max_position_embeddings=4096, tie_word_embeddings=False)
     dense = dense_model(config)
-    times: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         packed = write_compressed(Path(folder, "packed"), dense, shape)
         start = time.perf_counter()
@@ -273,13 +274,16 @@ def main() -> None:
                 llama_generation(model, prompt[0].tolist(), 1, clock),
                 llama_generation(model, short[0].tolist(), 1 + new, clock),
             )
+        times = {name: {"first_token_s": [], "token_s": []} for name in runs}
         for turn in range(options.rounds):
-            for name, (first, tokens) in runs.items():
-                found = times.setdefault(name, {"first_token_s": [], "token_s": []})
-                of_prompt, of_tokens = first(), tokens()[1:]
+            for name, (first, _) in runs.items():
+                of_prompt = first()
                 if turn or options.rounds == 1:
-                    found["first_token_s"] += of_prompt
-                    found["token_s"] += of_tokens
+                    times[name]["first_token_s"] += of_prompt
+            for repeat, (name, (_, tokens)) in itertools.product(range(REPEATS), runs.items()):
+                of_tokens = tokens()[1:]
+                if turn or repeat:
+                    times[name]["token_s"] += of_tokens
     rows = []
     for name, found in times.items():
         rows.append(

@@ -9,7 +9,9 @@
 
 enum {
     LANES = 16,
-    DOT_ROWS = 4,           /* keys that a query meets together */
+    DOT_ROWS = 8,           /* keys whose scores are added up over their lanes together, */
+    ABREAST = 4,            /* of which a query meets so many at the same time */
+    ADD_LANES = 64,         /* values of a row that are added at the same time */
     BLOCK_TOKENS = 32,      /* keys or values that are in the first-level cache at a time */
     WORK_PER_THREAD = 32768 /* multiply-adds of the attention */
 };
@@ -75,13 +77,6 @@ static void gate_values(float *gate, const float *up, ptrdiff_t n)
 
 /* ---- attention ------------------------------------------------------------------------------- */
 
-/* The keys and values of all tokens so far, (kv heads, length, head_width) each, of one type. */
-typedef struct {
-    const void *keys, *values;
-    ptrdiff_t length;
-    int is_bfloat16;
-} past;
-
 /* n values from `start` on as float32: in place, or widened into buffer. */
 static const float *as_floats(const void *values, int is_bfloat16, ptrdiff_t start, ptrdiff_t n,
                               float *buffer)
@@ -97,39 +92,57 @@ static void dot_rows(const float *q, const float *rows, ptrdiff_t count, ptrdiff
 {
     const ptrdiff_t whole = width / LANES * LANES;
     const int rest = (int)(width - whole);
-    const float *row[DOT_ROWS];
     vf16 sum[DOT_ROWS];
-    for (int r = 0; r < DOT_ROWS; r++) {
-        row[r] = rows + (r < count ? r : count - 1) * width;
-        sum[r] = vf16_zero();
-    }
-    for (ptrdiff_t i = 0; i < whole; i += LANES) {
-        const vf16 here = vf16_load(q + i);
+    for (int first = 0; first < DOT_ROWS; first += ABREAST) {
+        const float *row[ABREAST];
+        vf16 here[ABREAST];
         PLLM_UNROLL
-        for (int r = 0; r < DOT_ROWS; r++)
-            sum[r] = vf16_fma(here, vf16_load(row[r] + i), sum[r]);
+        for (int r = 0; r < ABREAST; r++) {
+            row[r] = rows + (first + r < count ? first + r : count - 1) * width;
+            here[r] = vf16_zero();
+        }
+        for (ptrdiff_t i = 0; i < whole; i += LANES) {
+            const vf16 part = vf16_load(q + i);
+            PLLM_UNROLL
+            for (int r = 0; r < ABREAST; r++)
+                here[r] = vf16_fma(part, vf16_load(row[r] + i), here[r]);
+        }
+        for (int r = 0; r < ABREAST; r++) {
+            if (rest)
+                here[r] = vf16_fma(vf16_load_part(q + whole, rest), vf16_load_part(row[r] + whole, rest), here[r]);
+            sum[first + r] = here[r];
+        }
     }
-    for (int r = 0; r < DOT_ROWS; r++) {
-        if (rest)
-            sum[r] = vf16_fma(vf16_load_part(q + whole, rest), vf16_load_part(row[r] + whole, rest), sum[r]);
-        dot[r] = vf16_sum(sum[r]);
-    }
+    vf16_sum8(dot, sum);
 }
 
-/* out (width) += sum over t of share[t] rows[t], in the order of t.  rows: (count, width). */
+/* out (lanes) += sum over t of share[t] rows[t], in the order of t.  lanes: a multiple of LANES, a constant. */
+PLLM_INLINE void add_columns(const float *share, const float *rows, ptrdiff_t count, ptrdiff_t width, int lanes,
+                             float *out)
+{
+    vf16 sum[ADD_LANES / LANES];
+    PLLM_UNROLL
+    for (int i = 0; i < lanes / LANES; i++)
+        sum[i] = vf16_load(out + i * LANES);
+    for (ptrdiff_t t = 0; t < count; t++, rows += width) {
+        const vf16 factor = vf16_set1(share[t]);
+        PLLM_UNROLL
+        for (int i = 0; i < lanes / LANES; i++)
+            sum[i] = vf16_fma(factor, vf16_load(rows + i * LANES), sum[i]);
+    }
+    PLLM_UNROLL
+    for (int i = 0; i < lanes / LANES; i++)
+        vf16_store(out + i * LANES, sum[i]);
+}
+
+/* The same for rows of any width. */
 static void add_rows(const float *share, const float *rows, ptrdiff_t count, ptrdiff_t width, float *out)
 {
     ptrdiff_t c = 0;
-    for (; c + 2 * LANES <= width; c += 2 * LANES) {
-        vf16 low = vf16_load(out + c), high = vf16_load(out + c + LANES);
-        for (ptrdiff_t t = 0; t < count; t++) {
-            const vf16 factor = vf16_set1(share[t]);
-            low = vf16_fma(factor, vf16_load(rows + t * width + c), low);
-            high = vf16_fma(factor, vf16_load(rows + t * width + c + LANES), high);
-        }
-        vf16_store(out + c, low);
-        vf16_store(out + c + LANES, high);
-    }
+    for (; c + ADD_LANES <= width; c += ADD_LANES)
+        add_columns(share, rows + c, count, width, ADD_LANES, out + c);
+    for (; c + LANES <= width; c += LANES)
+        add_columns(share, rows + c, count, width, LANES, out + c);
     for (; c < width; c++)
         for (ptrdiff_t t = 0; t < count; t++)
             out[c] = fmaf(share[t], rows[t * width + c], out[c]);
@@ -140,12 +153,12 @@ static void add_rows(const float *share, const float *rows, ptrdiff_t count, ptr
 static float exponentials(float *score, ptrdiff_t length, float scale)
 {
     const ptrdiff_t padded = whole_lanes(length);
-    float largest = score[0];
-    for (ptrdiff_t t = 1; t < length; t++)
-        largest = score[t] > largest ? score[t] : largest;
     for (ptrdiff_t t = length; t < padded; t++)
-        score[t] = largest;
-    const vf top = vf_set1(largest), factor = vf_set1(scale), least = vf_set1(-85.0f);
+        score[t] = score[0];
+    vf lowest = vf_set1(INFINITY);
+    for (ptrdiff_t t = 0; t < padded; t += VF_WIDTH)
+        lowest = vf_min(vf_neg(vf_load(score + t)), lowest); /* a NaN score leaves it as it is */
+    const vf top = vf_set1(-vf_lowest(lowest)), factor = vf_set1(scale), least = vf_set1(-85.0f);
     for (ptrdiff_t t = 0; t < padded; t += VF_WIDTH) {
         const vf below = vf_mul(factor, vf_sub(vf_load(score + t), top));
         vf_store(score + t, exp_negative(vf_max(least, below)));
@@ -158,16 +171,16 @@ static float exponentials(float *score, ptrdiff_t length, float scale)
     return 1.0f / vf16_sum(sum);
 }
 
-/* The query heads that share one head of keys.  q, out: (group, width).
+/* The query heads that share one head of keys.  q, out: (group, width).  length: with the token itself.
  * scratch: BLOCK_TOKENS * width + group * (whole_lanes(length) + 1) floats. */
-static void attend_group(const float *q, ptrdiff_t group, ptrdiff_t width, float scale, const past *p,
-                         ptrdiff_t kv_head, float *out, float *scratch)
+static void attend_group(const float *q, ptrdiff_t group, ptrdiff_t width, float scale, const pllm_past *p,
+                         ptrdiff_t length, ptrdiff_t kv_head, float *out, float *scratch)
 {
-    const ptrdiff_t padded = whole_lanes(p->length), start = kv_head * p->length * width;
+    const ptrdiff_t padded = whole_lanes(length), start = kv_head * p->room * width;
     float *const block = scratch, *const score = scratch + BLOCK_TOKENS * width;
     float *const inverse = score + group * padded;
-    for (ptrdiff_t first = 0; first < p->length; first += BLOCK_TOKENS) {
-        const ptrdiff_t left = p->length - first, count = left < BLOCK_TOKENS ? left : BLOCK_TOKENS;
+    for (ptrdiff_t first = 0; first < length; first += BLOCK_TOKENS) {
+        const ptrdiff_t left = length - first, count = left < BLOCK_TOKENS ? left : BLOCK_TOKENS;
         const float *keys =
             as_floats(p->keys, p->is_bfloat16, start + first * width, count * width, block);
         for (ptrdiff_t h = 0; h < group; h++)
@@ -177,9 +190,9 @@ static void attend_group(const float *q, ptrdiff_t group, ptrdiff_t width, float
     }
     memset(out, 0, (size_t)(group * width) * sizeof *out);
     for (ptrdiff_t h = 0; h < group; h++)
-        inverse[h] = exponentials(score + h * padded, p->length, scale);
-    for (ptrdiff_t first = 0; first < p->length; first += BLOCK_TOKENS) {
-        const ptrdiff_t left = p->length - first, count = left < BLOCK_TOKENS ? left : BLOCK_TOKENS;
+        inverse[h] = exponentials(score + h * padded, length, scale);
+    for (ptrdiff_t first = 0; first < length; first += BLOCK_TOKENS) {
+        const ptrdiff_t left = length - first, count = left < BLOCK_TOKENS ? left : BLOCK_TOKENS;
         const float *values =
             as_floats(p->values, p->is_bfloat16, start + first * width, count * width, block);
         for (ptrdiff_t h = 0; h < group; h++)
@@ -190,20 +203,21 @@ static void attend_group(const float *q, ptrdiff_t group, ptrdiff_t width, float
             out[h * width + c] *= inverse[h];
 }
 
-static int attend(const pllm_layer *l, const float *q, const past *p, float *out, int threads)
+/* out = the heads' attention to the past and the token itself. */
+static int attend(const pllm_layer *l, const float *q, const pllm_past *p, float *out, int threads)
 {
-    const ptrdiff_t width = l->head_width;
+    const ptrdiff_t width = l->head_width, length = p->length + 1;
     const ptrdiff_t kv_heads = l->matrix[PLLM_LAYER_K].out_features / width;
     const ptrdiff_t group = l->matrix[PLLM_LAYER_Q].out_features / width / kv_heads;
-    const ptrdiff_t floats = whole_lanes(BLOCK_TOKENS * width + group * (whole_lanes(p->length) + 1));
-    const ptrdiff_t most = 1 + 2 * kv_heads * group * width * p->length / WORK_PER_THREAD;
+    const ptrdiff_t floats = whole_lanes(BLOCK_TOKENS * width + group * (whole_lanes(length) + 1));
+    const ptrdiff_t most = 1 + 2 * kv_heads * group * width * length / WORK_PER_THREAD;
     const int used = most < threads ? (int)most : threads;
     float *const scratch = pllm_alloc_floats((size_t)(floats * used));
     if (!scratch)
         return PLLM_ENOMEM;
 #pragma omp parallel for num_threads(used) schedule(static) if (used > 1)
     for (ptrdiff_t g = 0; g < kv_heads; g++)
-        attend_group(q + g * group * width, group, width, l->scale, p, g, out + g * group * width,
+        attend_group(q + g * group * width, group, width, l->scale, p, length, g, out + g * group * width,
                      scratch + floats * omp_get_thread_num());
     free(scratch);
     return PLLM_OK;
@@ -217,64 +231,89 @@ static int multiply(const pllm_layer *l, int which, const float *x, float *y,
     return PLLM_SYM(pllm_matmul)(&l->matrix[which], x, 1, l->bias[which], y, activations, threads);
 }
 
-int PLLM_SYM(pllm_layer_project)(const pllm_layer *l, const float *x, const float *cosine,
-                                 const float *sine, float *q, float *k, float *v,
-                                 enum pllm_activations activations, int threads)
+/* Norms of heads and positions, of queries or keys.  x: (heads, head_width). */
+static void turn(const pllm_layer *l, int which, const float *cosine, const float *sine, float *x)
 {
-    const ptrdiff_t width = l->matrix[PLLM_LAYER_Q].in_features, head = l->head_width;
-    float *const normed = pllm_alloc_floats((size_t)width);
+    const ptrdiff_t width = l->head_width, heads = l->matrix[which].out_features / width;
+    for (ptrdiff_t h = 0; l->head_norm[which] && h < heads; h++)
+        rms_norm(x + h * width, l->head_norm[which], width, l->epsilon, x + h * width);
+    rotate(x, heads, width, cosine, sine);
+}
+
+/* The token's keys or values (kv heads, head_width) behind those of the past. */
+static void keep(const pllm_layer *l, const pllm_past *p, const float *made, void *all)
+{
+    const ptrdiff_t width = l->head_width, heads = l->matrix[PLLM_LAYER_K].out_features / width;
+    for (ptrdiff_t h = 0; h < heads; h++, made += width) {
+        const ptrdiff_t at = (h * p->room + p->length) * width;
+        if (p->is_bfloat16)
+            PLLM_SYM(pllm_narrow)(made, width, (uint16_t *)all + at);
+        else
+            memcpy((float *)all + at, made, (size_t)width * sizeof *made);
+    }
+}
+
+/* y = x + O attention(Q n0(x), K n0(x), V n0(x)). */
+static int add_attention(const pllm_layer *l, const float *x, const float *cosine, const float *sine,
+                         const pllm_past *past, float *y, enum pllm_activations activations, int threads)
+{
+    const pllm_matrix *const m = l->matrix;
+    const ptrdiff_t width = m[PLLM_LAYER_Q].in_features, joined = m[PLLM_LAYER_Q].out_features;
+    float *const normed = pllm_alloc_floats((size_t)(width + 2 * joined + m[PLLM_LAYER_K].out_features));
     if (!normed)
         return PLLM_ENOMEM;
+    float *const q = normed + width, *const mixed = q + joined, *const made = mixed + joined;
     rms_norm(x, l->norm[0], width, l->epsilon, normed);
-    float *const target[] = {q, k, v};
-    int status = PLLM_OK;
-    for (int which = PLLM_LAYER_Q; which <= PLLM_LAYER_V && status == PLLM_OK; which++) {
-        status = multiply(l, which, normed, target[which], activations, threads);
-        if (which == PLLM_LAYER_V || status != PLLM_OK)
-            break;
-        const ptrdiff_t heads = l->matrix[which].out_features / head;
-        for (ptrdiff_t h = 0; l->head_norm[which] && h < heads; h++)
-            rms_norm(target[which] + h * head, l->head_norm[which], head, l->epsilon,
-                     target[which] + h * head);
-        rotate(target[which], heads, head, cosine, sine);
-    }
+    int status = multiply(l, PLLM_LAYER_Q, normed, q, activations, threads);
+    if (status == PLLM_OK)
+        status = multiply(l, PLLM_LAYER_K, normed, made, activations, threads);
+    if (status != PLLM_OK)
+        goto done;
+    turn(l, PLLM_LAYER_Q, cosine, sine, q);
+    turn(l, PLLM_LAYER_K, cosine, sine, made);
+    keep(l, past, made, past->keys);
+    status = multiply(l, PLLM_LAYER_V, normed, made, activations, threads);
+    if (status != PLLM_OK)
+        goto done;
+    keep(l, past, made, past->values);
+    status = attend(l, q, past, mixed, threads);
+    if (status == PLLM_OK)
+        status = multiply(l, PLLM_LAYER_O, mixed, normed, activations, threads);
+    for (ptrdiff_t i = 0; i < width && status == PLLM_OK; i++)
+        y[i] = x[i] + normed[i];
+done:
     free(normed);
     return status;
 }
 
-int PLLM_SYM(pllm_layer_finish)(const pllm_layer *l, const float *x, const float *q, const void *keys,
-                                const void *values, ptrdiff_t length, int is_bfloat16, float *y,
-                                enum pllm_activations activations, int threads)
+/* y += Down (silu(Gate n1(y)) * Up n1(y)). */
+static int add_mlp(const pllm_layer *l, float *y, enum pllm_activations activations, int threads)
 {
-    const pllm_matrix *const m = l->matrix;
-    const ptrdiff_t width = m[PLLM_LAYER_O].out_features, inner = m[PLLM_LAYER_UP].out_features;
-    const ptrdiff_t joined = whole_lanes(m[PLLM_LAYER_O].in_features), hidden = whole_lanes(inner);
-    const past p = {keys, values, length, is_bfloat16};
-    float *const memory = pllm_alloc_floats((size_t)(joined + whole_lanes(width) + 2 * hidden));
-    if (!memory)
+    const ptrdiff_t width = l->matrix[PLLM_LAYER_UP].in_features;
+    const ptrdiff_t inner = whole_lanes(l->matrix[PLLM_LAYER_UP].out_features);
+    float *const gate = pllm_alloc_floats((size_t)(2 * inner + width));
+    if (!gate)
         return PLLM_ENOMEM;
-    float *const mixed = memory, *const normed = mixed + joined;
-    float *const gate = normed + whole_lanes(width), *const up = gate + hidden;
-    memset(gate, 0, (size_t)(2 * hidden) * sizeof *gate);
-
-    int status = attend(l, q, &p, mixed, threads);
-    if (status == PLLM_OK)
-        status = multiply(l, PLLM_LAYER_O, mixed, normed, activations, threads);
-    if (status != PLLM_OK)
-        goto done;
-    for (ptrdiff_t i = 0; i < width; i++)
-        y[i] = x[i] + normed[i];
+    float *const up = gate + inner, *const normed = up + inner;
+    memset(gate, 0, (size_t)(2 * inner) * sizeof *gate);
     rms_norm(y, l->norm[1], width, l->epsilon, normed);
-    status = multiply(l, PLLM_LAYER_GATE, normed, gate, activations, threads);
+    int status = multiply(l, PLLM_LAYER_GATE, normed, gate, activations, threads);
     if (status == PLLM_OK)
         status = multiply(l, PLLM_LAYER_UP, normed, up, activations, threads);
-    if (status != PLLM_OK)
-        goto done;
-    gate_values(gate, up, hidden);
-    status = multiply(l, PLLM_LAYER_DOWN, gate, normed, activations, threads);
+    if (status == PLLM_OK) {
+        gate_values(gate, up, inner);
+        status = multiply(l, PLLM_LAYER_DOWN, gate, normed, activations, threads);
+    }
     for (ptrdiff_t i = 0; i < width && status == PLLM_OK; i++)
         y[i] += normed[i];
-done:
-    free(memory);
+    free(gate);
     return status;
+}
+
+int PLLM_SYM(pllm_layer_token)(const pllm_layer *l, const float *x, const float *cosine, const float *sine,
+                               const pllm_past *past, float *y, enum pllm_activations activations,
+                               int threads)
+{
+    const int status = add_attention(l, x, cosine, sine, past, y, activations, threads);
+    return status == PLLM_OK ? add_mlp(l, y, activations, threads) : status;
 }

@@ -104,108 +104,55 @@ done:
     return capsule;
 }
 
-/* layer_project with bfloat16 as it is in memory: x, cosine, sine, k and v are of one type, q is float32. */
-static int project(const pllm_layer *l, const void *x, int is_bfloat16, const void *cosine, const void *sine,
-                   float *q, void *k, void *v, enum pllm_activations activations, int threads)
+/* layer_token with bfloat16 as it is in memory: x, cosine, sine and y are of one type with the past. */
+static int take_token(const pllm_layer *l, const void *x, const void *cosine, const void *sine,
+                      const pllm_past *past, void *y, enum pllm_activations activations, int threads)
 {
     const ptrdiff_t width = l->matrix[PLLM_LAYER_Q].in_features, head = l->head_width;
-    const ptrdiff_t shared = l->matrix[PLLM_LAYER_K].out_features;
     const pllm_kernels *const kernels = pllm_active();
-    float *const memory = malloc((size_t)(width + 2 * head + 2 * shared) * sizeof *memory);
+    float *const memory = malloc((size_t)(2 * width + 2 * head) * sizeof *memory);
     if (!memory)
         return PLLM_ENOMEM;
-    float *const turn = memory + width, *const made = turn + 2 * head;
-    const int status = kernels->layer_project(
-        l, pllm_as_floats(x, is_bfloat16, width, memory), pllm_as_floats(cosine, is_bfloat16, head, turn),
-        pllm_as_floats(sine, is_bfloat16, head, turn + head), q, is_bfloat16 ? made : k,
-        is_bfloat16 ? made + shared : v, activations, threads);
-    if (is_bfloat16 && status == PLLM_OK) {
-        kernels->narrow(made, shared, k);
-        kernels->narrow(made + shared, shared, v);
-    }
-    free(memory);
-    return status;
-}
-
-/* layer_finish with x and y, as keys and values, of one type. */
-static int finish(const pllm_layer *l, const void *x, int is_bfloat16, const float *q, const void *keys,
-                  const void *values, ptrdiff_t length, void *y, enum pllm_activations activations,
-                  int threads)
-{
-    const ptrdiff_t width = l->matrix[PLLM_LAYER_Q].in_features;
-    const pllm_kernels *const kernels = pllm_active();
-    float *const memory = is_bfloat16 ? malloc((size_t)(2 * width) * sizeof *memory) : NULL;
-    if (is_bfloat16 && !memory)
-        return PLLM_ENOMEM;
-    float *const made = is_bfloat16 ? memory + width : y;
-    const int status = kernels->layer_finish(l, pllm_as_floats(x, is_bfloat16, width, memory), q, keys, values,
-                                             length, is_bfloat16, made, activations, threads);
+    float *const made = memory + width, *const angle = made + width;
+    const int is_bfloat16 = past->is_bfloat16;
+    const int status = kernels->layer_token(
+        l, pllm_as_floats(x, is_bfloat16, width, memory), pllm_as_floats(cosine, is_bfloat16, head, angle),
+        pllm_as_floats(sine, is_bfloat16, head, angle + head), past, is_bfloat16 ? made : y, activations,
+        threads);
     if (is_bfloat16 && status == PLLM_OK)
         kernels->narrow(made, width, y);
     free(memory);
     return status;
 }
 
-/* The layer and the last two arguments of both functions below. Returns NULL with an exception set. */
-static const pllm_layer *take_call(const char *name, PyObject *const *args, Py_ssize_t count, Py_ssize_t want,
-                                   enum pllm_activations *activations, int *threads)
+/* token_at(layer, x, is_bfloat16, cosine, sine, keys, values, length, room, y, activations, threads): addresses,
+ * trusted. */
+static PyObject *token_at(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    if (count != want) {
-        PyErr_Format(PyExc_TypeError, "%s: got %zd arguments, want %zd", name, count, want);
+    enum { ARGUMENTS = 12 };
+    (void)self;
+    if (count != ARGUMENTS) {
+        PyErr_Format(PyExc_TypeError, "token_at: got %zd arguments, want %d", count, ARGUMENTS);
         return NULL;
     }
     const held_layer *held = PyCapsule_GetPointer(args[0], layer_name);
-    const long form = PyLong_AsLong(args[want - 2]), used = PyLong_AsLong(args[want - 1]);
-    if (!held || PyErr_Occurred() ||
+    const void *x = PyLong_AsVoidPtr(args[1]);
+    const void *cosine = PyLong_AsVoidPtr(args[3]), *sine = PyLong_AsVoidPtr(args[4]);
+    const pllm_past past = {.is_bfloat16 = PyLong_AsLong(args[2]) != 0,
+                            .keys = PyLong_AsVoidPtr(args[5]),
+                            .values = PyLong_AsVoidPtr(args[6]),
+                            .length = PyLong_AsSsize_t(args[7]),
+                            .room = PyLong_AsSsize_t(args[8])};
+    void *const y = PyLong_AsVoidPtr(args[9]);
+    const long form = PyLong_AsLong(args[10]), threads = PyLong_AsLong(args[11]);
+    if (!held || PyErr_Occurred() || !pllm_in_range("length", past.length, 0, PY_SSIZE_T_MAX / 64) ||
+        !pllm_in_range("room", past.room, past.length + 1, PY_SSIZE_T_MAX / 64) ||
         !pllm_in_range("activations", form, PLLM_ACTIVATIONS_FLOAT32, PLLM_ACTIVATIONS_INTEGER) ||
-        !pllm_in_range("threads", used, 1, PLLM_MAX_THREADS))
+        !pllm_in_range("threads", threads, 1, PLLM_MAX_THREADS))
         return NULL;
-    *activations = (enum pllm_activations)form;
-    *threads = (int)used;
-    return &held->layer;
-}
-
-/* project_at(layer, x, is_bfloat16, cosine, sine, q, k, v, activations, threads): addresses, trusted. */
-static PyObject *project_at(PyObject *self, PyObject *const *args, Py_ssize_t count)
-{
-    enum pllm_activations activations;
-    int threads, status;
-    (void)self;
-    const pllm_layer *layer = take_call("project_at", args, count, 10, &activations, &threads);
-    if (!layer)
-        return NULL;
-    const void *x = PyLong_AsVoidPtr(args[1]), *cosine = PyLong_AsVoidPtr(args[3]);
-    const void *sine = PyLong_AsVoidPtr(args[4]);
-    void *q = PyLong_AsVoidPtr(args[5]), *k = PyLong_AsVoidPtr(args[6]), *v = PyLong_AsVoidPtr(args[7]);
-    const int is_bfloat16 = PyLong_AsLong(args[2]) != 0;
-    if (PyErr_Occurred())
-        return NULL;
+    int status;
     Py_BEGIN_ALLOW_THREADS
-    status = project(layer, x, is_bfloat16, cosine, sine, q, k, v, activations, threads);
-    Py_END_ALLOW_THREADS
-    if (!pllm_succeeded(status))
-        return NULL;
-    Py_RETURN_NONE;
-}
-
-/* finish_at(layer, x, is_bfloat16, q, keys, values, length, y, activations, threads): addresses, trusted. */
-static PyObject *finish_at(PyObject *self, PyObject *const *args, Py_ssize_t count)
-{
-    enum pllm_activations activations;
-    int threads, status;
-    (void)self;
-    const pllm_layer *layer = take_call("finish_at", args, count, 10, &activations, &threads);
-    if (!layer)
-        return NULL;
-    const void *x = PyLong_AsVoidPtr(args[1]), *q = PyLong_AsVoidPtr(args[3]);
-    const void *keys = PyLong_AsVoidPtr(args[4]), *values = PyLong_AsVoidPtr(args[5]);
-    const Py_ssize_t length = PyLong_AsSsize_t(args[6]);
-    void *y = PyLong_AsVoidPtr(args[7]);
-    const int is_bfloat16 = PyLong_AsLong(args[2]) != 0;
-    if (PyErr_Occurred() || !pllm_in_range("length", length, 1, PY_SSIZE_T_MAX / 64))
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    status = finish(layer, x, is_bfloat16, q, keys, values, length, y, activations, threads);
+    status = take_token(&held->layer, x, cosine, sine, &past, y, (enum pllm_activations)form, (int)threads);
     Py_END_ALLOW_THREADS
     if (!pllm_succeeded(status))
         return NULL;
@@ -214,9 +161,7 @@ static PyObject *finish_at(PyObject *self, PyObject *const *args, Py_ssize_t cou
 
 PyMethodDef pllm_layer_methods[] = {
     {"hold_layer", hold_layer, METH_VARARGS, "A decoder layer for many tokens."},
-    {"project_at", (PyCFunction)(void (*)(void))project_at, METH_FASTCALL,
-     "Queries, keys and values of a token, by address."},
-    {"finish_at", (PyCFunction)(void (*)(void))finish_at, METH_FASTCALL,
+    {"token_at", (PyCFunction)(void (*)(void))token_at, METH_FASTCALL,
      "A layer's output for a token, by address."},
     {NULL, NULL, 0, NULL},
 };

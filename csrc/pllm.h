@@ -227,22 +227,21 @@ typedef struct {
     float epsilon, scale;
 } pllm_layer;
 
-/* Queries, keys and values of a token, the first two turned by its position.
- * x: (width).  cosine, sine: (head_width).  q, k, v: what the matrices give.
- * Returns PLLM_OK or PLLM_ENOMEM. */
-typedef int pllm_layer_project_fn(const pllm_layer *layer, const float *x, const float *cosine,
-                                  const float *sine, float *q, float *k, float *v,
-                                  enum pllm_activations activations, int threads);
+/* Keys and values of the tokens so far.
+ * keys, values: (kv heads, room, head_width), float32 or bfloat16; the first `length` of `room` are there. */
+typedef struct {
+    void *keys, *values;
+    ptrdiff_t length, room;
+    int is_bfloat16;
+} pllm_past;
 
-/* The layer's output for the token.  x, y: (width).  q: from layer_project.
- * keys, values: (kv heads, length, head_width), length >= 1, float32 or bfloat16, the token's own among
- * them.  Returns PLLM_OK or PLLM_ENOMEM. */
-typedef int pllm_layer_finish_fn(const pllm_layer *layer, const float *x, const float *q,
-                                 const void *keys, const void *values, ptrdiff_t length,
-                                 int is_bfloat16, float *y, enum pllm_activations activations,
-                                 int threads);
+/* The layer's output for the next token, whose keys and values are written behind those of the past.
+ * x, y: (width).  cosine, sine: (head_width).  past: length < room.  Returns PLLM_OK or PLLM_ENOMEM. */
+typedef int pllm_layer_token_fn(const pllm_layer *layer, const float *x, const float *cosine,
+                                const float *sine, const pllm_past *past, float *y,
+                                enum pllm_activations activations, int threads);
 
-#define PLLM_LAYER_KERNELS(X) X(layer_project) X(layer_finish)
+#define PLLM_LAYER_KERNELS(X) X(layer_token)
 
 /* ---- training (coder.c, mlp.c, train.c) ------------------------------------------------------ */
 

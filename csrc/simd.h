@@ -129,4 +129,25 @@ static inline float vf16_sum(vf16 a)
     return lane[0];
 }
 
+/* sums[i] = vf16_sum(a[i]), of eight. */
+static inline void vf16_sum8(float *sums, const vf16 *a)
+{
+#if defined(PLLM_ISA_AVX2) || defined(PLLM_ISA_AVX512)
+    __m256 v[8];
+    for (int i = 0; i < 8; i++)
+        v[i] = vf16_fold(a[i].part);
+    for (int i = 0; i < 4; i++)
+        v[i] = _mm256_add_ps(_mm256_permute2f128_ps(v[i], v[i + 4], 0x20),
+                             _mm256_permute2f128_ps(v[i], v[i + 4], 0x31));
+    for (int i = 0; i < 2; i++)
+        v[i] = _mm256_add_ps(_mm256_shuffle_ps(v[i], v[i + 2], 0x44), _mm256_shuffle_ps(v[i], v[i + 2], 0xee));
+    /* the sums of 0, 2, 1, 3, 4, 6, 5 and 7 */
+    v[0] = _mm256_add_ps(_mm256_shuffle_ps(v[0], v[1], 0x88), _mm256_shuffle_ps(v[0], v[1], 0xdd));
+    _mm256_storeu_ps(sums, _mm256_permute_ps(v[0], 0xd8));
+#else
+    for (int i = 0; i < 8; i++)
+        sums[i] = vf16_sum(a[i]);
+#endif
+}
+
 #endif

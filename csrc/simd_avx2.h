@@ -53,6 +53,8 @@ static inline vi vi_sll(vi a, int n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si
 static inline vi vi_srl(vi a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 static inline vi vi_sra(vi a, int n) { return _mm256_sra_epi32(a, _mm_cvtsi32_si128(n)); }
 
+/* Lane i + lane i+8 of a vf16. */
+static inline __m256 vf16_fold(const vf *part) { return _mm256_add_ps(part[0], part[1]); }
 typedef __m256i vs;
 static inline vs vs_load(const int16_t *p) { return _mm256_loadu_si256(VF_PACKED(p)); }
 /* As intrinsics, gcc adds the products of several calls before it adds c, which it then keeps in memory. */

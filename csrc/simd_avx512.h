@@ -68,6 +68,11 @@ static inline int vm_any(vm a) { return a != 0; }
 static inline vf vf_select(vm m, vf a, vf b) { return _mm512_mask_blend_ps(m, b, a); }
 static inline vi vi_select(vm m, vi a, vi b) { return _mm512_mask_blend_epi32(m, b, a); }
 
+/* Lane i + lane i+8 of a vf16. */
+static inline __m256 vf16_fold(const vf *part)
+{
+    return _mm256_add_ps(_mm512_castps512_ps256(*part), _mm512_extractf32x8_ps(*part, 1));
+}
 typedef __m512i vs;
 static inline vs vs_load(const int16_t *p) { return _mm512_loadu_si512(p); }
 

@@ -1,12 +1,12 @@
-"""Decoder layers that take one token in two calls of the kernels.
+"""Decoder layers that take one token in one call of the kernels.
 
 While text is generated, a layer sees one token at a time. Its products aside, that is seventy small
 operators of PyTorch (norms, rotation, cache, attention, gate), which cost half a millisecond and
-compute next to nothing. Layers of Llama, Mistral, Qwen2 and Qwen3 whose matrices are compressed do
-all of it in C. :func:`install` gives such layers a subclass of their own class that does so for one
-token of one sequence on the CPU, without gradients, and in every other case (several tokens or
-sequences, masks, other caches, hooks, adapters, attention that is asked for) leaves the work to
-transformers.
+compute next to nothing, and the cache copies all keys and values to add one of each. Layers of
+Llama, Mistral, Qwen2 and Qwen3 whose matrices are compressed do all of it in C. :func:`install`
+gives such layers a subclass of their own class that does so for one token of one sequence on the
+CPU, without gradients, and in every other case (several tokens or sequences, masks, other caches,
+hooks, adapters, attention that is asked for) leaves the work to transformers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import operator
 import sys
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ _CAPTURING = "transformers.utils.output_capturing"
 # What is collected of whole layers.
 _OF_LAYERS = {"hidden_states", "_hidden_states_layers"}
 _version = operator.attrgetter("_version")
+# Tokens that a cache gets space for at once, at least.
+_SPARE = 64
 
 
 def install(model: nn.Module) -> None:
@@ -70,6 +73,7 @@ class _Watch:
         self._dicts, self._keys = zip(*places, strict=True)
         self._values = list(map(dict.get, self._dicts, self._keys))
         tensors = {id(v): v for v in self._values if isinstance(v, Tensor)}.values()
+        # Nobody counts the changes of inference tensors.
         self._counted = [tensor for tensor in tensors if not tensor.is_inference()]
         self._versions = list(map(_version, self._counted))
         self._before = [module._forward_pre_hooks for module in modules]
@@ -94,15 +98,59 @@ class _Plan(NamedTuple):
 
     Attributes:
         watch: whether it still is that.
-        held: for :func:`pocketllm.kernels.project_at`.
-        widths: of queries, and of keys and values.
-        head: width of a head.
+        held: for :func:`pocketllm.kernels.token_at`.
+        heads: of keys and values.
+        width: of a head.
     """
 
     watch: _Watch
     held: object
-    widths: tuple[int, int]
-    head: int
+    heads: int
+    width: int
+
+
+class _Room:
+    """Keys and values of one layer of a cache with space for more behind them, so that a token is
+    added without copying the others.
+
+    The cache is shown the part that is filled, by new tensors with every token. Only the cache
+    that holds the newest may fill more; copies of it and one that was cropped get other rooms.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        length = keys.shape[2]
+        self.size = length + max(_SPARE, length // 2)
+        self.keys, self.values = (_with_size(tensor, self.size) for tensor in (keys, values))
+        self.shown = keys, values
+
+    def is_open(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether these are the newest and another token fits."""
+        return self.shown[0] is keys and self.shown[1] is values and keys.shape[2] < self.size
+
+    def show(self, layer: Any, length: int) -> None:
+        """Let the cache have so many tokens."""
+        self.shown = self.keys.narrow(2, 0, length), self.values.narrow(2, 0, length)
+        layer.keys, layer.values = self.shown
+
+
+def _with_size(tensor: Tensor, size: int) -> Tensor:
+    """(1, heads, length, width) -> (1, heads, size, width), the rest not set."""
+    _, heads, length, width = tensor.shape
+    larger = tensor.new_empty(1, heads, size, width)
+    larger[:, :, :length] = tensor
+    return larger
+
+
+_rooms: weakref.WeakKeyDictionary[Any, _Room] = weakref.WeakKeyDictionary()
+
+
+def _room_of(layer: Any) -> _Room:
+    """Room for another token of a layer of a cache."""
+    keys, values = layer.keys, layer.values
+    room = _rooms.get(layer)
+    if room is None or not room.is_open(keys, values):
+        room = _rooms[layer] = _Room(keys, values)
+    return room
 
 
 class OneTokenLayer(nn.Module):
@@ -139,43 +187,35 @@ class OneTokenLayer(nn.Module):
             or torch.is_autocast_enabled("cpu")
         ):
             return None
-        index = self.self_attn.layer_idx
-        if not _grows(past_key_values, index, x):
-            return None
         plan = self._planned()
-        if plan is None:
+        cached = None if plan is None else _cached(past_key_values, self.self_attn.layer_idx)
+        if plan is None or cached is None:
             return None
+        keys, values = cached.keys, cached.values
         cosine, sine = position_embeddings
-        if cosine.shape != (1, 1, plan.head) or cosine.dtype != x.dtype or sine.dtype != x.dtype:
+        length = keys.shape[2] if keys.dim() == 4 else 0
+        past, here = (1, plan.heads, length, plan.width), (1, 1, plan.width)
+        if keys.shape != past or values.shape != past or not (keys.is_cpu and values.is_cpu):
+            return None
+        if cosine.shape != here or sine.shape != here:
+            return None
+        if len({x.dtype, keys.dtype, values.dtype, cosine.dtype, sine.dtype}) != 1:
             return None
         x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
-        is_bfloat16 = x.dtype is torch.bfloat16
-        queries, shared = plan.widths
-        q = x.new_empty(queries, dtype=torch.float32)
-        k, v = x.new_empty(2, 1, shared // plan.head, 1, plan.head).unbind()
-        kernels.project_at(
+        room, made = _room_of(cached), torch.empty_like(x)
+        kernels.token_at(
             plan.held,
             x.data_ptr(),
-            is_bfloat16,
+            x.dtype is torch.bfloat16,
             cosine.data_ptr(),
             sine.data_ptr(),
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-        )
-        keys, values = past_key_values.update(k, v, index)
-        keys, values = keys.contiguous(), values.contiguous()
-        made = torch.empty_like(x)
-        kernels.finish_at(
-            plan.held,
-            x.data_ptr(),
-            is_bfloat16,
-            q.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.shape[2],
+            room.keys.data_ptr(),
+            room.values.data_ptr(),
+            length,
+            room.size,
             made.data_ptr(),
         )
+        room.show(cached, length + 1)
         return made
 
     def _planned(self) -> _Plan | None:
@@ -218,17 +258,15 @@ def _is_idle(hook: Any) -> bool:
     return collected is None or not set(collected).difference(_OF_LAYERS)
 
 
-def _grows(past: Any, index: int, x: Tensor) -> bool:
-    """Whether a layer's cache simply holds all keys and values, of one sequence."""
+def _cached(past: Any, index: int) -> Any:
+    """The layer of a cache that simply holds all keys and values; None where it is of another kind,
+    or empty."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    if type(past) is not DynamicCache or index >= len(past.layers):
-        return False
+    if type(past) is not DynamicCache or past.offloading or index >= len(past.layers):
+        return None
     layer = past.layers[index]
-    if type(layer) is not DynamicLayer or not layer.is_initialized:
-        return False
-    keys = layer.keys
-    return keys.dtype == x.dtype and keys.is_cpu and keys.dim() == 4 and keys.shape[0] == 1
+    return layer if type(layer) is DynamicLayer and layer.is_initialized else None
 
 
 def _places(layer: nn.Module) -> list[tuple[Any, str]]:
@@ -285,4 +323,4 @@ def _make_plan(layer: nn.Module) -> _Plan | None:
         epsilons.pop(),
         attention.scaling,
     )
-    return _Plan(watch, held, (matrices[0].out_features, matrices[1].out_features), head)
+    return _Plan(watch, held, matrices[1].out_features // head, head)

@@ -386,7 +386,7 @@ def hold_layer(
     epsilon: float,
     scale: float,
 ) -> object:
-    """A decoder layer checked once, for :func:`project_at` and :func:`finish_at`.
+    """A decoder layer checked once, for :func:`token_at`.
 
     The layer is ``x += O attention(Q n0(x), K n0(x), V n0(x))``, then ``x += Down (silu(Gate n1(x))
     * Up n1(x))``, with root mean square norms, grouped queries and rotary positions.
@@ -405,42 +405,37 @@ def hold_layer(
     return _kernels.hold_layer(matrices, biases, norms, head_width, epsilon, scale)
 
 
-def project_at(
-    layer: object, x: int, is_bfloat16: bool, cosine: int, sine: int, q: int, k: int, v: int
+def token_at(
+    layer: object,
+    x: int,
+    is_bfloat16: bool,
+    cosine: int,
+    sine: int,
+    keys: int,
+    values: int,
+    length: int,
+    room: int,
+    y: int,
 ) -> None:
-    """Queries, keys and values of one token, turned by its position. Addresses are trusted.
+    """A layer's output for the next token. Addresses are trusted.
 
     Args:
         layer: from :func:`hold_layer`.
         x: address of (width,), bfloat16 or float32.
-        is_bfloat16: what x, cosine, sine, k and v are.
-        cosine: address of (head_width,).
+        is_bfloat16: what x, cosine, sine, keys, values and y are.
+        cosine: address of (head_width,), of the token's position.
         sine: address of (head_width,).
-        q: address of float32 (query heads * head_width,), written.
-        k: address of (key heads * head_width,), written.
-        v: address of the same for the values, written.
-    """
-    form = _ACTIVATIONS.index(_activations)
-    _kernels.project_at(layer, x, is_bfloat16, cosine, sine, q, k, v, form, _threads())
-
-
-def finish_at(
-    layer: object, x: int, is_bfloat16: bool, q: int, keys: int, values: int, length: int, y: int
-) -> None:
-    """The layer's output for the token of :func:`project_at`. Addresses are trusted.
-
-    Args:
-        layer: from :func:`hold_layer`.
-        x: address of (width,), bfloat16 or float32.
-        is_bfloat16: what x, keys, values and y are.
-        q: address of the queries, float32.
-        keys: address of (key heads, length, head_width), the token's own the last.
+        keys: address of (key heads, room, head_width), of which the first `length` are there; the
+            token's own are written behind them.
         values: address of the same.
-        length: tokens, at least 1.
+        length: tokens before this one.
+        room: more than `length`.
         y: address of (width,), written.
     """
     form = _ACTIVATIONS.index(_activations)
-    _kernels.finish_at(layer, x, is_bfloat16, q, keys, values, length, y, form, _threads())
+    _kernels.token_at(
+        layer, x, is_bfloat16, cosine, sine, keys, values, length, room, y, form, _threads()
+    )
 
 
 # ---- training ---------------------------------------------------------------------------------

@@ -25,17 +25,17 @@ ARCHITECTURES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3"]
 
 
 class Counter:
-    """How often the kernels finished a layer."""
+    """How often the kernels took a token through a layer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls = 0
-        finish = kernels.finish_at
+        take = kernels.token_at
 
         def counted(*arguments: Any) -> None:
             self.calls += 1
-            finish(*arguments)
+            take(*arguments)
 
-        monkeypatch.setattr(kernels, "finish_at", counted)
+        monkeypatch.setattr(kernels, "token_at", counted)
 
 
 @pytest.fixture
@@ -126,6 +126,92 @@ def test_threads_do_not_matter(counter: Counter) -> None:
     torch.set_num_threads(before)
     assert counter.calls
     assert torch.equal(*found)
+
+
+def read(model: nn.Module, ids: Tensor, cache: DynamicCache) -> Tensor:
+    """Logits of the tokens of a single sequence, one at a time."""
+    with torch.inference_mode():
+        found = [
+            model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+            for i in range(ids.shape[1])
+        ]
+    return torch.cat(found, 1)
+
+
+def begun(model: nn.Module, ids: Tensor) -> DynamicCache:
+    """A cache that holds some tokens, of which the kernels took the last three."""
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(ids[:, :-3], past_key_values=cache, use_cache=True)
+    read(model, ids[:, -3:], cache)
+    return cache
+
+
+def test_the_cache_grows_as_that_of_transformers(
+    counter: Counter, exact: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_layer, "_SPARE", 2)
+    model, ids = compressed(), tokens(24, 1)
+    caches = begun(model, ids[:, :7]), begun(plain(model), ids[:, :7])
+    found = [
+        read(each, ids[:, 7:], cache)
+        for each, cache in zip((model, plain(model)), caches, strict=True)
+    ]
+    assert difference(*found) < 1e-5
+    assert counter.calls == 2 * 20
+    for ours, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert ours.get_seq_length() == 24
+        assert difference(ours.keys, theirs.keys) < 1e-5
+        assert difference(ours.values, theirs.values) < 1e-5
+
+
+def test_copies_of_a_cache_do_not_share_what_comes_later(counter: Counter) -> None:
+    model, ids = compressed(), tokens(12, 1)
+    others = (ids + 1) % model.config.vocab_size
+    want = [read(model, each[:, 8:], begun(model, ids[:, :8])) for each in (ids, others)]
+    cache = begun(model, ids[:, :8])
+    shallow, deep = copy.copy(cache), copy.deepcopy(cache)
+    shallow.layers = [copy.copy(layer) for layer in cache.layers]
+    for later in (cache, shallow, deep):  # turn by turn, so that one could write over another's
+        read(model, ids[:, 8:9] if later is not shallow else others[:, 8:9], later)
+    for later in (cache, shallow, deep):
+        mine = others if later is shallow else ids
+        expected = want[1] if later is shallow else want[0]
+        assert torch.equal(read(model, mine[:, 9:], later), expected[:, 1:])
+
+
+def test_a_cropped_cache_goes_on_from_there(counter: Counter) -> None:
+    model, ids = compressed(), tokens(12, 1)
+    want = read(model, ids[:, 8:], begun(model, ids[:, :8]))
+    cache = begun(model, ids[:, :8])
+    read(model, ids[:, :2], cache)
+    before = [layer.keys for layer in cache.layers]
+    kept = [keys.clone() for keys in before]
+    cache.crop(-2)
+    assert torch.equal(read(model, ids[:, 8:], cache), want)
+    assert all(map(torch.equal, before, kept))
+
+
+def test_several_tokens_in_between_are_heard(exact: None) -> None:
+    model, ids = compressed(), tokens(14, 1)
+    found = []
+    for each in (model, plain(model)):
+        cache = begun(each, ids[:, :8])
+        with torch.inference_mode():
+            middle = each(ids[:, 8:11], past_key_values=cache, use_cache=True).logits
+        found.append(torch.cat([middle, read(each, ids[:, 11:], cache)], 1))
+    assert difference(*found) < 1e-5
+
+
+def test_a_cache_of_other_shapes_is_left_to_transformers(counter: Counter) -> None:
+    model, ids = compressed(), tokens(8, 1)
+    cache = begun(model, ids)
+    counter.calls = 0
+    with torch.inference_mode():
+        cache.layers[0].values = cache.layers[0].values[..., :-1]
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        read(model, ids[:, :1], cache)
+    assert counter.calls == 0
 
 
 def test_steps_aside_for_several_sequences_and_masks(counter: Counter) -> None:

@@ -200,6 +200,13 @@ static void check_vf16(void)
         free(few);
     }
     CHECK(vf16_sum(vf16_zero()) == 0.0f, "vf16_zero");
+    vf16 eight[8];
+    float sums[8];
+    for (int i = 0; i < 8; i++)
+        eight[i] = vf16_fma(a, vf16_set1((float)i - 2.3f), b);
+    vf16_sum8(sums, eight);
+    for (int i = 0; i < 8; i++)
+        CHECK(same_float(sums[i], vf16_sum(eight[i])), "vf16_sum8, %d", i);
     free(x);
     free(y);
 }

@@ -3,6 +3,7 @@
 #include "check.h"
 
 enum { D = 4, K = 512, BITS = 9 }; /* activations are int16, not bytes */
+enum { ROOM = 3 };                 /* for this token and others */
 
 typedef struct {
     int width, heads, kv_heads, head, inner, length, head_norms, biases, is_int8, is_bfloat16;
@@ -16,7 +17,7 @@ typedef struct {
     uint8_t *packed[PLLM_LAYER_PARTS];
     float *scale[PLLM_LAYER_PARTS], *bias[PLLM_LAYER_PARTS], *norm[4], *x, *cosine, *sine;
     double *dense[PLLM_LAYER_PARTS];
-    void *keys, *values; /* (kv_heads, length, head), all but the last token's */
+    pllm_past past; /* of the tokens before, in a room of ROOM more */
 } fixture;
 
 static double table_value(const fixture *f, int i)
@@ -49,7 +50,7 @@ static void fill_matrix(fixture *f, const pllm_kernels *k, int part, int out, in
 
 static void fill_fixture(fixture *f, const pllm_kernels *k, layer_case c)
 {
-    const int joined = c.heads * c.head, shared = c.kv_heads * c.head, past = shared * c.length;
+    const int joined = c.heads * c.head, shared = c.kv_heads * c.head, past = shared * (c.length + ROOM);
     *f = (fixture){.c = c};
     f->table = c.is_int8 ? new_bytes(K * D) : (void *)new_normals(K * D);
     for (int i = 0; i < K * D && c.is_int8; i++)
@@ -86,8 +87,7 @@ static void fill_fixture(fixture *f, const pllm_kernels *k, layer_case c)
         k->narrow(floats[i], past, stored[i]);
         free(floats[i]);
     }
-    f->keys = stored[0];
-    f->values = stored[1];
+    f->past = (pllm_past){stored[0], stored[1], c.length, c.length + ROOM, c.is_bfloat16};
 }
 
 static void free_fixture(fixture *f)
@@ -96,7 +96,7 @@ static void free_fixture(fixture *f)
         free(f->packed[i]), free(f->scale[i]), free(f->bias[i]), free(f->dense[i]);
     for (int i = 0; i < 4; i++)
         free(f->norm[i]);
-    free(f->table), free(f->x), free(f->cosine), free(f->sine), free(f->keys), free(f->values);
+    free(f->table), free(f->x), free(f->cosine), free(f->sine), free(f->past.keys), free(f->past.values);
 }
 
 /* ---- in double -------------------------------------------------------------------------------- */
@@ -134,43 +134,47 @@ static void plain_heads(const fixture *f, const float *norm, int heads, double *
     }
 }
 
-static double past_value(const fixture *f, const void *values, int i)
+/* Value i of a token's head. */
+static double past_value(const fixture *f, const void *values, int head, int token, int i)
 {
+    const ptrdiff_t at = (head * f->past.room + token) * f->c.head + i;
     if (!f->c.is_bfloat16)
-        return (double)((const float *)values)[i];
-    const uint32_t bits = (uint32_t)((const uint16_t *)values)[i] << 16;
+        return (double)((const float *)values)[at];
+    const uint32_t bits = (uint32_t)((const uint16_t *)values)[at] << 16;
     float value;
     memcpy(&value, &bits, sizeof value);
     return (double)value;
 }
 
+/* To the tokens before and the token itself, as it was kept. */
 static void plain_attention(const fixture *f, const double *q, double *out)
 {
     const layer_case c = f->c;
-    double *score = new_bytes((size_t)c.length * sizeof *score);
+    double *score = new_bytes((size_t)(c.length + 1) * sizeof *score);
     for (int h = 0; h < c.heads; h++) {
-        const int start = h / (c.heads / c.kv_heads) * c.length * c.head;
+        const int kv = h / (c.heads / c.kv_heads);
         double sum = 0.0;
-        for (int t = 0; t < c.length; t++) {
+        for (int t = 0; t <= c.length; t++) {
             score[t] = 0.0;
             for (int i = 0; i < c.head; i++)
-                score[t] += q[h * c.head + i] * past_value(f, f->keys, start + t * c.head + i);
+                score[t] += q[h * c.head + i] * past_value(f, f->past.keys, kv, t, i);
             score[t] = exp(score[t] / sqrt((double)c.head));
             sum += score[t];
         }
         for (int i = 0; i < c.head; i++) {
             out[h * c.head + i] = 0.0;
-            for (int t = 0; t < c.length; t++)
-                out[h * c.head + i] += score[t] / sum * past_value(f, f->values, start + t * c.head + i);
+            for (int t = 0; t <= c.length; t++)
+                out[h * c.head + i] += score[t] / sum * past_value(f, f->past.values, kv, t, i);
         }
     }
     free(score);
 }
 
-/* q, k, v as layer_project gives them, y as layer_finish. */
-static void plain_layer(const fixture *f, double *q, double *k, double *v, double *y)
+/* k, v: of the token; y: the layer's output, after the kernel has kept them. */
+static void plain_layer(const fixture *f, double *k, double *v, double *y)
 {
     const layer_case c = f->c;
+    double *q = new_bytes((size_t)(c.heads * c.head) * sizeof *q);
     double *x = new_bytes((size_t)c.width * sizeof *x), *normed = new_bytes((size_t)c.width * sizeof *x);
     double *mixed = new_bytes((size_t)(c.heads * c.head) * sizeof *x);
     double *gate = new_bytes((size_t)c.inner * sizeof *x), *up = new_bytes((size_t)c.inner * sizeof *x);
@@ -194,52 +198,70 @@ static void plain_layer(const fixture *f, double *q, double *k, double *v, doubl
     plain_product(f, PLLM_LAYER_DOWN, gate, normed);
     for (int i = 0; i < c.width; i++)
         y[i] = x[i] + normed[i];
-    free(x), free(normed), free(mixed), free(gate), free(up);
+    free(q), free(x), free(normed), free(mixed), free(gate), free(up);
 }
 
 /* ---- the checks ------------------------------------------------------------------------------- */
 
-/* Activations as int16 move by 2^-16 of the largest in a span. */
-static void check_close(const char *what, const float *got, const double *want, int n, int rounded)
+static void check_close(const char *what, const float *got, const double *want, int n, double tolerance)
 {
     double worst = 0.0, largest = 0.0;
     for (int i = 0; i < n; i++) {
         worst = fmax(worst, fabs((double)got[i] - want[i]));
         largest = fmax(largest, fabs(want[i]));
     }
-    CHECK(worst <= (rounded ? 4e-4 : 2e-5) * largest, "%s: error %g of %g", what, worst, largest);
+    CHECK(worst <= tolerance * largest, "%s: error %g of %g", what, worst, largest);
 }
 
-/* Outputs of both kernels: q, k, v, y one after another. */
+static size_t past_bytes(const fixture *f)
+{
+    const size_t size = f->c.is_bfloat16 ? sizeof(uint16_t) : sizeof(float);
+    return (size_t)(f->c.kv_heads * f->c.head) * (size_t)f->past.room * size;
+}
+
+/* What a token gives: its keys and values (kv_heads, head) as they were kept, and y, one after another. */
 static float *run_layer(const pllm_kernels *k, const fixture *f, int threads)
 {
     const layer_case c = f->c;
-    const int joined = c.heads * c.head, shared = c.kv_heads * c.head;
+    const int shared = c.kv_heads * c.head;
     const enum pllm_activations form = c.is_int8 ? PLLM_ACTIVATIONS_INTEGER : PLLM_ACTIVATIONS_FLOAT32;
-    float *q = new_floats((size_t)(joined + 2 * shared + c.width));
-    float *y = q + joined + 2 * shared;
-    int status = k->layer_project(&f->layer, f->x, f->cosine, f->sine, q, q + joined, q + joined + shared,
-                                  form, threads);
-    CHECK(status == PLLM_OK, "layer_project returned %d", status);
-    status = k->layer_finish(&f->layer, f->x, q, f->keys, f->values, c.length, c.is_bfloat16, y, form,
-                             threads);
-    CHECK(status == PLLM_OK, "layer_finish returned %d", status);
-    return q;
+    const size_t row = (size_t)c.head * (c.is_bfloat16 ? sizeof(uint16_t) : sizeof(float));
+    void *const past[2] = {f->past.keys, f->past.values};
+    uint8_t *before[2];
+    float *const made = new_floats((size_t)(2 * shared + c.width));
+    for (int i = 0; i < 2; i++) {
+        before[i] = new_bytes(past_bytes(f));
+        memcpy(before[i], past[i], past_bytes(f));
+    }
+    const int status =
+        k->layer_token(&f->layer, f->x, f->cosine, f->sine, &f->past, made + 2 * shared, form, threads);
+    CHECK(status == PLLM_OK, "layer_token returned %d", status);
+    for (int i = 0; i < 2; i++) {
+        for (int h = 0; h < c.kv_heads; h++) {
+            const size_t at = (size_t)(h * f->past.room + c.length) * row;
+            for (int j = 0; j < c.head; j++)
+                made[i * shared + h * c.head + j] = (float)past_value(f, past[i], h, c.length, j);
+            memcpy(before[i] + at, (uint8_t *)past[i] + at, row);
+        }
+        CHECK(same_bits(before[i], past[i], past_bytes(f)), "layer: writes beside the token's own");
+        free(before[i]);
+    }
+    return made;
 }
 
+/* Activations as int16 move by 2^-16 of the largest in a span, bfloat16 is rounded by 2^-8 of a value. */
 static void check_layer(const pllm_kernels *k, layer_case c)
 {
     fixture f;
     fill_fixture(&f, k, c);
-    const int joined = c.heads * c.head, shared = c.kv_heads * c.head, all = joined + 2 * shared + c.width;
+    const int shared = c.kv_heads * c.head, all = 2 * shared + c.width;
+    const double tolerance = c.is_int8 ? 4e-4 : 2e-5, kept = tolerance + (c.is_bfloat16 ? 0x1p-8 : 0.0);
     double *want = new_bytes((size_t)all * sizeof *want);
-    plain_layer(&f, want, want + joined, want + joined + shared, want + joined + 2 * shared);
-    float *one = run_layer(k, &f, 1), *three = run_layer(k, &f, 3), *plain = run_layer(scalar_kernels(), &f, 1);
-    check_close("queries", one, want, joined, c.is_int8);
-    check_close("keys", one + joined, want + joined, shared, c.is_int8);
-    check_close("values", one + joined + shared, want + joined + shared, shared, c.is_int8);
-    check_close("output", one + joined + 2 * shared, want + joined + 2 * shared, c.width,
-                c.is_int8);
+    float *plain = run_layer(scalar_kernels(), &f, 1), *three = run_layer(k, &f, 3), *one = run_layer(k, &f, 1);
+    plain_layer(&f, want, want + shared, want + 2 * shared);
+    check_close("keys", one, want, shared, kept);
+    check_close("values", one + shared, want + shared, shared, kept);
+    check_close("output", one + 2 * shared, want + 2 * shared, c.width, tolerance);
     CHECK(same_bits(one, three, (size_t)all * sizeof *one), "layer: differs with three threads");
     CHECK(same_bits(one, plain, (size_t)all * sizeof *one), "layer: differs from scalar");
     free(want), free(one), free(three), free(plain);
@@ -249,18 +271,19 @@ static void check_layer(const pllm_kernels *k, layer_case c)
 /* A token with a NaN in it gives NaN, and scores far apart neither overflow nor vanish. */
 static void check_extremes(const pllm_kernels *k)
 {
+    enum { WIDTH = 24, HEAD = 8, LENGTH = 5 };
     fixture f;
-    fill_fixture(&f, k, (layer_case){24, 2, 1, 8, 20, 5, 0, 0, 0, 0});
-    for (int i = 0; i < 5 * 8; i++)
-        ((float *)f.keys)[i] *= 1e4f;
+    fill_fixture(&f, k, (layer_case){WIDTH, 2, 1, HEAD, 20, LENGTH, 0, 0, 0, 0});
+    for (int i = 0; i < LENGTH * HEAD; i++)
+        ((float *)f.past.keys)[i] *= 1e4f;
     float *far = run_layer(k, &f, 1);
     int finite = 1;
-    for (int i = 0; i < 2 * 8 + 2 * 8 + 24; i++)
+    for (int i = 0; i < 2 * HEAD + WIDTH; i++)
         finite = finite && isfinite(far[i]);
     CHECK(finite, "layer: scores far apart give NaN or Inf");
     f.x[3] = NAN;
     float *bad = run_layer(k, &f, 1);
-    CHECK(isnan(bad[0]) && isnan(bad[2 * 8 + 2 * 8]), "layer: NaN is lost");
+    CHECK(isnan(bad[0]) && isnan(bad[2 * HEAD]), "layer: NaN is lost");
     free(far), free(bad);
     free_fixture(&f);
 }
@@ -269,7 +292,7 @@ void test_layer(const pllm_kernels *k)
 {
     /* width, heads, key heads, head, inner, length, head norms, biases, int8, bfloat16 */
     static const layer_case cases[] = {
-        {24, 2, 2, 8, 20, 1, 0, 0, 0, 0},       {36, 2, 1, 18, 52, 9, 1, 0, 1, 0},
+        {24, 2, 2, 8, 20, 0, 0, 0, 0, 0},       {36, 2, 1, 18, 52, 9, 1, 0, 1, 0},
         {40, 6, 2, 16, 33, 33, 0, 1, 1, 1},     {64, 4, 1, 64, 96, 70, 1, 1, 1, 1},
         {128, 8, 2, 32, 160, 300, 0, 0, 1, 1},  {50, 3, 3, 100, 17, 16, 0, 1, 0, 1},
     };
