@@ -276,14 +276,12 @@ def main() -> None:
             )
         times = {name: {"first_token_s": [], "token_s": []} for name in runs}
         for turn in range(options.rounds):
-            for name, (first, _) in runs.items():
-                of_prompt = first()
-                if turn or options.rounds == 1:
-                    times[name]["first_token_s"] += of_prompt
             for repeat, (name, (_, tokens)) in itertools.product(range(REPEATS), runs.items()):
                 of_tokens = tokens()[1:]
                 if turn or repeat:
                     times[name]["token_s"] += of_tokens
+            for name, (first, _) in runs.items():
+                times[name]["first_token_s"] += first()
     rows = []
     for name, found in times.items():
         rows.append(

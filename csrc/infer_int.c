@@ -16,7 +16,7 @@
 enum {
     FEW_TOKENS = 6,           /* that do not fill a panel; no more are taken one by one */
     TILE_ROWS_FEW = 16,       /* rows decoded at a time for them: half of a first-level cache */
-    SHARES = 8,               /* of the rows, for each thread to take when it is ready, if tokens go one by one */
+    ROWS_ALONE = 64,          /* that a single token takes at a time; a multiple of every DOT_TOGETHER */
     TOKEN_BLOCK = 512,        /* tokens per pass over the matrix; a multiple of every WIDE */
     LARGEST_BYTE = 127,       /* of an activation, either sign */
     LARGEST_MULTIPLIER = 257, /* of a block of them */
@@ -182,25 +182,32 @@ static ptrdiff_t octets_of(const view *v, ptrdiff_t s)
 
 /* ---- tokens one by one ---------------------------------------------------------------------- */
 
-static void multiply_one_by_one(const view *v, const float *bias, float *y, int threads)
+/* y of the rows first..end-1, if any, at most ROWS_ALONE: none or all of them from the tail on. */
+static void multiply_rows(const view *v, ptrdiff_t first, ptrdiff_t end, const float *bias, float *y)
 {
     const pllm_matrix *w = v->w;
-    const ptrdiff_t share = 1 + w->out_features / (DOT_TOGETHER * SHARES * threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, share) if (threads > 1)
-    for (ptrdiff_t first = 0; first < w->out_features; first += DOT_TOGETHER) {
-        const uint8_t *rows[DOT_TOGETHER];
-        float dot[DOT_TOGETHER];
-        for (int i = 0; i < DOT_TOGETHER; i++)
-            rows[i] = row_source(v, smaller(first + i, w->out_features - 1));
-        for (ptrdiff_t t = 0; t < v->tokens.tokens; t++) {
-            const ptrdiff_t at = t * v->spans;
-            const token_spans token = {v->x + at * v->width, v->x_scale + at, v->width, v->spans,
-                                       octets_of(v, 0), octets_of(v, v->spans - 1)};
-            v->functions.dot(&v->table, rows, &token, dot);
-            for (ptrdiff_t r = first; r < smaller(first + DOT_TOGETHER, w->out_features); r++)
-                y[t * w->out_features + r] = finish_product(w, r, w->codec->table_scale, dot[r - first],
-                                                            v->x_sum[t], bias ? bias[r] : 0.0f);
-        }
+    float dot[ROWS_ALONE];
+    for (ptrdiff_t t = 0; t < v->tokens.tokens && first < end; t++) {
+        const ptrdiff_t at = t * v->spans;
+        const token_spans token = {v->x + at * v->width, v->x_scale + at, v->width, v->spans,
+                                   octets_of(v, 0), octets_of(v, v->spans - 1)};
+        v->functions.dot(&v->table, row_source(v, first), v->row_stride_bytes, end - first, &token, dot);
+        for (ptrdiff_t r = first; r < end; r++)
+            y[t * w->out_features + r] = finish_product(w, r, w->codec->table_scale, dot[r - first], v->x_sum[t],
+                                                        bias ? bias[r] : 0.0f);
+    }
+}
+
+static void multiply_one_by_one(const view *v, const float *bias, float *y, int threads)
+{
+    const ptrdiff_t out = v->w->out_features;
+    const ptrdiff_t step = v->tokens.tokens == 1 ? ROWS_ALONE : DOT_TOGETHER; /* rows stay in the cache for all */
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (ptrdiff_t first = 0; first < out; first += step) {
+        const ptrdiff_t end = smaller(first + step, out);
+        const ptrdiff_t tail = first < v->tail ? smaller(end, v->tail) : first;
+        multiply_rows(v, first, tail, bias, y);
+        multiply_rows(v, tail, end, bias, y);
     }
 }
 

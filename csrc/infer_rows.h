@@ -51,8 +51,10 @@ typedef struct row_table row_table;
  * by up to TARGET_SLACK values without meaning. Reads up to OCTET_BYTES from the start of each octet. */
 typedef void decode_fn(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target);
 
-/* dot (DOT_TOGETHER) = the products of as many rows of the matrix with the token. */
-typedef void dot_fn(const row_table *t, const uint8_t *const *rows, const token_spans *token, float *dot);
+/* dot (count rounded up to DOT_TOGETHER) = the products of `count` rows of the matrix, `stride` bytes apart, with the
+ * token. */
+typedef void dot_fn(const row_table *t, const uint8_t *rows, ptrdiff_t stride, ptrdiff_t count,
+                    const token_spans *token, float *dot);
 
 /* How a table is read: into memory, and for tokens one by one straight into the products. */
 typedef struct {
@@ -78,7 +80,7 @@ static void copy_row(const pllm_codec *c, int pairing, int row, int8_t *target)
  *   span_width(table, span)               values of a span as laid out for the products
  *   arrange(table, span, q, target)       lays it out
  *   functions_for(table)                  how it is read
- *   DOT_TOGETHER                          rows of the matrix that dot takes
+ *   DOT_TOGETHER                          rows of the matrix that dot takes at a time
  *   OCTET_BYTES                           what reading an octet may touch from its first byte on
  *   TARGET_SLACK                          values behind a decoded span that may be written */
 #if defined(PLLM_ISA_AVX512)

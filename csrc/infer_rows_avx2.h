@@ -431,45 +431,77 @@ PLLM_INLINE void ask_ahead(const uint8_t *source, int bytes)
         PLLM_PREFETCH((const void *)((uintptr_t)source + AHEAD + (uintptr_t)i));
 }
 
-/* dot (DOT_TOGETHER) = the dot products of as many rows of the matrix with a token. */
-PLLM_INLINE void dot_rows(const row_table *t, const uint8_t *const *rows, const token_spans *token, int d,
-                          int bits, enum form form, float *dot)
+/* Products with as many rows, in lanes, of spans side by side. */
+typedef __m256i row_products[DOT_TOGETHER];
+
+/* total + the sums of n spans' products, times the spans' scales. */
+PLLM_INLINE __m128 add_spans(__m128 total, const row_products *products, const float *scale, ptrdiff_t n)
 {
-    enum { WHOLE = SPAN_VALUES / OCTET };
-    const int all_signs = form == SYMMETRIC || form == SMALL, one_look_up = form == PLAIN && bits <= 4;
-    const int x_bytes = SPAN_VALUES / d / LOOKED_UP * looked_up_bytes(d, all_signs);
-    ptrdiff_t whole = 0; /* spans to do without a loop */
-    __m128 total = _mm_setzero_ps();
-    if ((all_signs || one_look_up) && token->octets * d == WHOLE)
-        whole = token->spans - (token->last_octets < token->octets);
-    for (ptrdiff_t first = 0; first < token->spans; first += SPANS_TOGETHER) {
-        const ptrdiff_t behind = smaller(first + SPANS_TOGETHER, token->spans);
-        __m256i sums[SPANS_TOGETHER][DOT_TOGETHER];
-        for (int r = 0; r < DOT_TOGETHER; r++) {
-            const uint8_t *source = rows[r] + first * token->octets * bits;
-            const int8_t *bytes = (const int8_t *)(token->x + first * token->width);
-            ptrdiff_t s = first;
-            for (; s < smaller(behind, whole); s++, source += WHOLE / d * bits, bytes += x_bytes) {
-                ask_ahead(source, WHOLE / d * bits);
-                sums[s - first][r] = whole_span_looked_up(t, source, bytes, d, bits, form);
-            }
-            for (; s < behind; s++, source += token->octets * bits) {
-                const int16_t *const x = token->x + s * token->width;
-                const ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
-                sums[s - first][r] = form == FETCHED
-                                         ? span_fetched(t, source, x, octets, d, bits)
-                                         : span_looked_up(t, source, x, octets, d, bits, form);
-            }
-        }
-        for (ptrdiff_t s = first; s < behind; s++) {
-            const __m256i *const here = sums[s - first];
-            int32_t sum[DOT_TOGETHER];
-            vi_sum4(sum, here[0], here[1], here[2], here[3]);
-            const __m128i four = _mm_loadu_si128((const __m128i *)(const void *)sum);
-            total = _mm_fmadd_ps(_mm_set1_ps(token->scale[s]), _mm_cvtepi32_ps(four), total);
-        }
+    for (ptrdiff_t s = 0; s < n; s++) {
+        int32_t sum[DOT_TOGETHER];
+        vi_sum4(sum, products[s][0], products[s][1], products[s][2], products[s][3]);
+        const __m128i four = _mm_loadu_si128((const __m128i *)(const void *)sum);
+        total = _mm_fmadd_ps(_mm_set1_ps(scale[s]), _mm_cvtepi32_ps(four), total);
     }
-    _mm_storeu_ps(dot, total);
+    return total;
+}
+
+/* products (n) = those of whole spans, from span `first` of the r-th row on, which begins at source. */
+PLLM_INLINE void multiply_whole(const row_table *t, const uint8_t *source, const token_spans *token,
+                                ptrdiff_t first, ptrdiff_t n, int r, int d, int bits, enum form form,
+                                row_products *products)
+{
+    const int source_step = SPAN_VALUES / OCTET / d * bits;
+    const int x_step = SPAN_VALUES / d / LOOKED_UP * looked_up_bytes(d, form != PLAIN);
+    const int8_t *x = (const int8_t *)(token->x + first * token->width);
+    source += first * source_step;
+    for (ptrdiff_t s = 0; s < n; s++, source += source_step, x += x_step) {
+        ask_ahead(source, source_step);
+        products[s][r] = whole_span_looked_up(t, source, x, d, bits, form);
+    }
+}
+
+/* The same of spans `first` to end - 1, whole or not. */
+PLLM_INLINE void multiply_spans(const row_table *t, const uint8_t *source, const token_spans *token,
+                                ptrdiff_t first, ptrdiff_t end, int r, int d, int bits, enum form form,
+                                row_products *products)
+{
+    for (ptrdiff_t s = first; s < end; s++) {
+        const uint8_t *const here = source + s * token->octets * bits;
+        const int16_t *const x = token->x + s * token->width;
+        const ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
+        products[s - first][r] = form == FETCHED ? span_fetched(t, here, x, octets, d, bits)
+                                                 : span_looked_up(t, here, x, octets, d, bits, form);
+    }
+}
+
+/* dot (count rounded up to DOT_TOGETHER) = the dot products of `count` rows with a token. */
+PLLM_INLINE void dot_rows(const row_table *t, const uint8_t *rows, ptrdiff_t stride, ptrdiff_t count,
+                          const token_spans *token, int d, int bits, enum form form, float *dot)
+{
+    const int unrolled = form == SYMMETRIC || form == SMALL || (form == PLAIN && bits <= 4);
+    const ptrdiff_t spans = token->spans;
+    const ptrdiff_t whole = !unrolled || token->octets * d * OCTET < SPAN_VALUES
+                                ? 0
+                                : spans - (token->last_octets < token->octets);
+    for (ptrdiff_t row = 0; row < count; row += DOT_TOGETHER) {
+        __m128 total = _mm_setzero_ps();
+        for (ptrdiff_t first = 0; first < spans; first += SPANS_TOGETHER) {
+            const ptrdiff_t n = smaller(SPANS_TOGETHER, spans - first);
+            const ptrdiff_t n_whole = smaller(n, whole > first ? whole - first : 0);
+            row_products products[SPANS_TOGETHER];
+            for (int r = 0; r < DOT_TOGETHER; r++) {
+                const uint8_t *const source = rows + smaller(row + r, count - 1) * stride;
+                if (unrolled)
+                    multiply_whole(t, source, token, first, n_whole, r, d, bits, form, products);
+                if (n_whole < n)
+                    multiply_spans(t, source, token, first + n_whole, first + n, r, d, bits, form,
+                                   products + n_whole);
+            }
+            total = add_spans(total, products, token->scale + first, n);
+        }
+        _mm_storeu_ps(dot + row, total);
+    }
 }
 
 #define FROM_5_TO_8(X, D) X(D, 5) X(D, 6) X(D, 7) X(D, 8)
@@ -483,10 +515,10 @@ PLLM_INLINE void dot_rows(const row_table *t, const uint8_t *const *rows, const 
     { \
         decode_fetched(t, source, octets, D, B, target); \
     } \
-    static void dot_##D##_##B(const row_table *t, const uint8_t *const *rows, const token_spans *token, \
-                              float *dot) \
+    static void dot_##D##_##B(const row_table *t, const uint8_t *rows, ptrdiff_t stride, ptrdiff_t count, \
+                              const token_spans *token, float *dot) \
     { \
-        dot_rows(t, rows, token, D, B, FETCHED, dot); \
+        dot_rows(t, rows, stride, count, token, D, B, FETCHED, dot); \
     }
 EACH_BITS(FETCH_FUNCTIONS, 2)
 EACH_BITS(FETCH_FUNCTIONS, 4)
@@ -500,10 +532,10 @@ EACH_BITS(FETCH_FUNCTIONS, 16)
         decode_looked_up(t, source, octets, D, B, S, target); \
     }
 #define DOT_LOOKED_UP(D, B, FORM) \
-    static void dot_looked_up_##D##_##B##_##FORM(const row_table *t, const uint8_t *const *rows, \
-                                                 const token_spans *token, float *dot) \
+    static void dot_looked_up_##D##_##B##_##FORM(const row_table *t, const uint8_t *rows, ptrdiff_t stride, \
+                                                 ptrdiff_t count, const token_spans *token, float *dot) \
     { \
-        dot_rows(t, rows, token, D, B, FORM, dot); \
+        dot_rows(t, rows, stride, count, token, D, B, FORM, dot); \
     }
 #define PLAIN_LOOK_UP(D, B) DECODE_LOOKED_UP(D, B, 0) DOT_LOOKED_UP(D, B, PLAIN)
 #define SYMMETRIC_LOOK_UP(D, B) DECODE_LOOKED_UP(D, B, 1) DOT_LOOKED_UP(D, B, SYMMETRIC)

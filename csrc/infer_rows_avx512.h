@@ -214,6 +214,12 @@ PLLM_INLINE const uint8_t *bytes_of(const token_spans *token, ptrdiff_t s)
     return (const uint8_t *)(const void *)(token->x + s * token->width);
 }
 
+/* The r-th of `count` rows, behind them the last. */
+PLLM_INLINE const uint8_t *row_at(const uint8_t *rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t r)
+{
+    return rows + smaller(r, count - 1) * stride;
+}
+
 PLLM_INLINE ptrdiff_t octets_in(const token_spans *token, ptrdiff_t s)
 {
     return s + 1 < token->spans ? token->octets : token->last_octets;
@@ -272,21 +278,24 @@ PLLM_INLINE __m512i dot_span_of_planes(const row_table *t, const __m512i *planes
     return sum_of_bytes(&s);
 }
 
-PLLM_INLINE void dot_planes(const row_table *t, const uint8_t *const *rows, const token_spans *token,
-                            float *dot, int d, int vectors)
+PLLM_INLINE void dot_planes(const row_table *t, const uint8_t *rows, ptrdiff_t stride, ptrdiff_t count,
+                            const token_spans *token, float *dot, int d, int vectors)
 {
     __m512i planes[PLANE_ROWS * 4];
-    __m128 sums = _mm_setzero_ps();
     for (int i = 0; i < d * vectors; i++)
         planes[i] = load_64(t->rows + i * CHUNK);
-    for (ptrdiff_t s = 0; s < token->spans; s++) {
-        __m512i products[DOT_TOGETHER];
-        for (int r = 0; r < DOT_TOGETHER; r++)
-            products[r] = dot_span_of_planes(t, planes, rows[r] + s * token->octets * t->bits,
-                                             octets_in(token, s), bytes_of(token, s), d, vectors);
-        sums = add_span(sums, products, token, s);
+    for (ptrdiff_t first = 0; first < count; first += DOT_TOGETHER) {
+        __m128 sums = _mm_setzero_ps();
+        for (ptrdiff_t s = 0; s < token->spans; s++) {
+            __m512i products[DOT_TOGETHER];
+            for (int r = 0; r < DOT_TOGETHER; r++)
+                products[r] = dot_span_of_planes(t, planes, row_at(rows, stride, count, first + r) +
+                                                                s * token->octets * t->bits,
+                                                 octets_in(token, s), bytes_of(token, s), d, vectors);
+            sums = add_span(sums, products, token, s);
+        }
+        _mm_storeu_ps(dot + first, sums);
     }
-    _mm_storeu_ps(dot, sums);
 }
 
 PLLM_INLINE void store_widened(int16_t *target, __m512i bytes)
@@ -428,19 +437,22 @@ PLLM_INLINE __m512i dot_span_fetched(const row_table *t, const uint8_t *source, 
     return sum_of_bytes(&s);
 }
 
-PLLM_INLINE void dot_fetched(const row_table *t, const uint8_t *const *rows, const token_spans *token,
-                             float *dot, int stride)
+PLLM_INLINE void dot_fetched(const row_table *t, const uint8_t *rows, ptrdiff_t stride, ptrdiff_t count,
+                             const token_spans *token, float *dot, int table_stride)
 {
     const fetch_masks m = make_masks();
-    __m128 sums = _mm_setzero_ps();
-    for (ptrdiff_t s = 0; s < token->spans; s++) {
-        __m512i products[DOT_TOGETHER];
-        for (int r = 0; r < DOT_TOGETHER; r++)
-            products[r] = dot_span_fetched(t, rows[r] + s * token->octets * t->bits, octets_in(token, s),
-                                           bytes_of(token, s), stride, &m);
-        sums = add_span(sums, products, token, s);
+    for (ptrdiff_t first = 0; first < count; first += DOT_TOGETHER) {
+        __m128 sums = _mm_setzero_ps();
+        for (ptrdiff_t s = 0; s < token->spans; s++) {
+            __m512i products[DOT_TOGETHER];
+            for (int r = 0; r < DOT_TOGETHER; r++)
+                products[r] = dot_span_fetched(t, row_at(rows, stride, count, first + r) +
+                                                      s * token->octets * t->bits,
+                                               octets_in(token, s), bytes_of(token, s), table_stride, &m);
+            sums = add_span(sums, products, token, s);
+        }
+        _mm_storeu_ps(dot + first, sums);
     }
-    _mm_storeu_ps(dot, sums);
 }
 
 /* target: row after row, without what fills them up to the table's stride. */
@@ -461,10 +473,10 @@ PLLM_INLINE void decode_fetched(const row_table *t, const uint8_t *source, ptrdi
 
 #define EACH_VECTORS(X, D) X(D, 1) X(D, 2) X(D, 4)
 #define PLANE_DOT(D, VECTORS) \
-    static void dot_planes_##D##_##VECTORS(const row_table *t, const uint8_t *const *rows, \
-                                           const token_spans *token, float *dot) \
+    static void dot_planes_##D##_##VECTORS(const row_table *t, const uint8_t *rows, ptrdiff_t stride, \
+                                     ptrdiff_t count, const token_spans *token, float *dot) \
     { \
-        dot_planes(t, rows, token, dot, D, VECTORS); \
+        dot_planes(t, rows, stride, count, token, dot, D, VECTORS); \
     }
 EACH_VECTORS(PLANE_DOT, 1)
 EACH_VECTORS(PLANE_DOT, 2)
@@ -483,10 +495,10 @@ PLANE_DECODE(2)
 PLANE_DECODE(4)
 
 #define FETCH_FUNCTIONS(STRIDE) \
-    static void dot_fetched_##STRIDE(const row_table *t, const uint8_t *const *rows, \
-                                     const token_spans *token, float *dot) \
+    static void dot_fetched_##STRIDE(const row_table *t, const uint8_t *rows, ptrdiff_t stride, \
+                                     ptrdiff_t count, const token_spans *token, float *dot) \
     { \
-        dot_fetched(t, rows, token, dot, STRIDE); \
+        dot_fetched(t, rows, stride, count, token, dot, STRIDE); \
     } \
     static void decode_fetched_##STRIDE(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
                                         int16_t *target) \
