@@ -203,12 +203,13 @@ static void multiply_one_by_one(const view *v, const float *bias, float *y, int 
     const ptrdiff_t out = v->w->out_features;
     const ptrdiff_t step = v->tokens.tokens == 1 ? ROWS_ALONE : DOT_TOGETHER; /* rows stay in the cache for all */
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (ptrdiff_t first = 0; first < out; first += step) {
-        const ptrdiff_t end = smaller(first + step, out);
-        const ptrdiff_t tail = first < v->tail ? smaller(end, v->tail) : first;
-        multiply_rows(v, first, tail, bias, y);
-        multiply_rows(v, tail, end, bias, y);
-    }
+    for (ptrdiff_t begin = 0; begin < out; begin += ROWS_ALONE)
+        for (ptrdiff_t first = begin; first < smaller(begin + ROWS_ALONE, out); first += step) {
+            const ptrdiff_t end = smaller(first + step, out);
+            const ptrdiff_t tail = first < v->tail ? smaller(end, v->tail) : first;
+            multiply_rows(v, first, tail, bias, y);
+            multiply_rows(v, tail, end, bias, y);
+        }
 }
 
 /* ---- several tokens -------------------------------------------------------------------------- */
