@@ -71,7 +71,8 @@ static inline vi vi_select(vm m, vi a, vi b) { return _mm512_mask_blend_epi32(m,
 /* Lane i + lane i+8 of a vf16. */
 static inline __m256 vf16_fold(const vf *part)
 {
-    return _mm256_add_ps(_mm512_castps512_ps256(*part), _mm512_extractf32x8_ps(*part, 1));
+    const __m512d whole = _mm512_castps_pd(*part);
+    return _mm256_add_ps(_mm512_castps512_ps256(*part), _mm256_castpd_ps(_mm512_extractf64x4_pd(whole, 1)));
 }
 typedef __m512i vs;
 static inline vs vs_load(const int16_t *p) { return _mm512_loadu_si512(p); }
