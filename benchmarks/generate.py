@@ -8,8 +8,8 @@ memory and the compressed one gets random indices; it goes through the checkpoin
 from_pretrained and generate like any other. The head is compressed with the layers, the embedding
 is only looked up. Before timing, one layer of the loaded model is compared with its dequantised
 matrix. The compressed model is timed once more with transformers' decoder layers in place of ours.
-The models take turns, five of generation for each with the long prompt; with one thread times are
-processor time, else wall time. Each token is timed on its own, from 4 tokens of prompt on.
+The models take turns, five of generation before each with the long prompt; with one thread times
+are processor time, else wall time. Each token is timed on its own, from 4 tokens of prompt on.
 """
 
 from __future__ import annotations
