@@ -31,6 +31,17 @@ typedef struct {
     ptrdiff_t width, spans, octets, last_octets; /* octets of a span, and of the last one */
 } token_spans;
 
+PLLM_INLINE ptrdiff_t octets_in(const token_spans *token, ptrdiff_t s)
+{
+    return s + 1 < token->spans ? token->octets : token->last_octets;
+}
+
+/* The r-th of `count` rows, behind them the last. */
+PLLM_INLINE const uint8_t *row_at(const uint8_t *rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t r)
+{
+    return rows + smaller(r, count - 1) * stride;
+}
+
 /* Activations of a span, value[i] * multiplier[i / BLOCK] times its scale: bytes times up to
  * LARGEST_MULTIPLIER, or int16 times 1. */
 typedef struct {

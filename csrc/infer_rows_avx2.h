@@ -469,7 +469,7 @@ PLLM_INLINE void multiply_spans(const row_table *t, const uint8_t *source, const
     for (ptrdiff_t s = first; s < end; s++) {
         const uint8_t *const here = source + s * token->octets * bits;
         const int16_t *const x = token->x + s * token->width;
-        const ptrdiff_t octets = s + 1 < token->spans ? token->octets : token->last_octets;
+        const ptrdiff_t octets = octets_in(token, s);
         products[s - first][r] = form == FETCHED ? span_fetched(t, here, x, octets, d, bits)
                                                  : span_looked_up(t, here, x, octets, d, bits, form);
     }
@@ -491,7 +491,7 @@ PLLM_INLINE void dot_rows(const row_table *t, const uint8_t *rows, ptrdiff_t str
             const ptrdiff_t n_whole = smaller(n, whole > first ? whole - first : 0);
             row_products products[SPANS_TOGETHER];
             for (int r = 0; r < DOT_TOGETHER; r++) {
-                const uint8_t *const source = rows + smaller(row + r, count - 1) * stride;
+                const uint8_t *const source = row_at(rows, stride, count, row + r);
                 if (unrolled)
                     multiply_whole(t, source, token, first, n_whole, r, d, bits, form, products);
                 if (n_whole < n)

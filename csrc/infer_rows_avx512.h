@@ -214,17 +214,6 @@ PLLM_INLINE const uint8_t *bytes_of(const token_spans *token, ptrdiff_t s)
     return (const uint8_t *)(const void *)(token->x + s * token->width);
 }
 
-/* The r-th of `count` rows, behind them the last. */
-PLLM_INLINE const uint8_t *row_at(const uint8_t *rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t r)
-{
-    return rows + smaller(r, count - 1) * stride;
-}
-
-PLLM_INLINE ptrdiff_t octets_in(const token_spans *token, ptrdiff_t s)
-{
-    return s + 1 < token->spans ? token->octets : token->last_octets;
-}
-
 /* Indices cut out: 64 as bytes, or 32 as words whose upper bits are to be ignored. */
 PLLM_INLINE __m512i cut(const row_table *t, const uint8_t *source)
 {

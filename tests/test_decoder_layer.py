@@ -67,16 +67,22 @@ def plain(model: nn.Module) -> nn.Module:
     return copied
 
 
+def read(model: nn.Module, ids: Tensor, cache: DynamicCache, **options: Any) -> Tensor:
+    """Logits of the tokens of a single sequence, one at a time."""
+    with torch.inference_mode():
+        found = [
+            model(ids[:, i : i + 1], past_key_values=cache, use_cache=True, **options).logits
+            for i in range(ids.shape[1])
+        ]
+    return torch.cat(found, 1)
+
+
 def logits_of(model: nn.Module, ids: Tensor, steps: int = 5, **options: Any) -> Tensor:
     """Logits of the tokens after the first four, one at a time."""
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(ids[:, :4], past_key_values=cache, use_cache=True)
-        found = [
-            model(ids[:, i : i + 1], past_key_values=cache, use_cache=True, **options).logits
-            for i in range(4, 4 + steps)
-        ]
-    return torch.cat(found, 1).float()
+    return read(model, ids[:, 4 : 4 + steps], cache, **options).float()
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -128,16 +134,6 @@ def test_threads_do_not_matter(counter: Counter) -> None:
     assert torch.equal(*found)
 
 
-def read(model: nn.Module, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """Logits of the tokens of a single sequence, one at a time."""
-    with torch.inference_mode():
-        found = [
-            model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
-            for i in range(ids.shape[1])
-        ]
-    return torch.cat(found, 1)
-
-
 def begun(model: nn.Module, ids: Tensor) -> DynamicCache:
     """A cache that holds some tokens, of which the kernels took the last three."""
     cache = DynamicCache(config=model.config)
@@ -172,11 +168,10 @@ def test_copies_of_a_cache_do_not_share_what_comes_later(counter: Counter) -> No
     cache = begun(model, ids[:, :8])
     shallow, deep = copy.copy(cache), copy.deepcopy(cache)
     shallow.layers = [copy.copy(layer) for layer in cache.layers]
-    for later in (cache, shallow, deep):  # turn by turn, so that one could write over another's
-        read(model, ids[:, 8:9] if later is not shallow else others[:, 8:9], later)
-    for later in (cache, shallow, deep):
-        mine = others if later is shallow else ids
-        expected = want[1] if later is shallow else want[0]
+    runs = [(cache, ids, want[0]), (shallow, others, want[1]), (deep, ids, want[0])]
+    for later, mine, _ in runs:  # turn by turn, so that one could write over another's
+        read(model, mine[:, 8:9], later)
+    for later, mine, expected in runs:
         assert torch.equal(read(model, mine[:, 9:], later), expected[:, 1:])
 
 
