@@ -114,12 +114,6 @@ static float quantise(const float *x, int bytes, quantised_span *q)
     return largest / (float)LARGEST;
 }
 
-/* Those that are looked up in registers somewhere (is_looked_up), and the same wherever they run. */
-static int has_byte_activations(const pllm_codec *c)
-{
-    return c->index_bits <= 8 && (c->d <= 2 || c->d == 4);
-}
-
 /* target (width) = token t's span s, laid out. Returns its scale. */
 static float quantise_span(const view *v, const float *x, ptrdiff_t t, ptrdiff_t s, int16_t *target)
 {

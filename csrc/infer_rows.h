@@ -24,6 +24,38 @@ static int may_pair(int d, int bits, int pairing, ptrdiff_t indices)
            indices >> (2 * bits + pairing) >= PAIR_REUSE;
 }
 
+/* Whether activations are bytes for this codec: those that are looked up in registers somewhere, and the same
+ * wherever they run. */
+static int has_byte_activations(const pllm_codec *c)
+{
+    return c->index_bits <= 8 && (c->d <= 2 || c->d == 4);
+}
+
+/* Whether each row is the one that the lower bits of its index name, with signs: value j is negative where the
+ * j-th of the d highest bits is set. Up to four bits looking up gains nothing by it. */
+static int is_symmetric(const pllm_codec *c)
+{
+    enum { MOST = 128 }; /* magnitudes */
+    const int8_t *const table = c->table;
+    if (c->index_bits <= 4 || c->index_bits > 8 || c->d > c->index_bits || c->k != 1 << c->index_bits)
+        return 0;
+    const int size = c->d << (c->index_bits - c->d);
+    if (size > MOST)
+        return 0;
+    for (int signs = 0; signs < 1 << c->d; signs++) {
+        int8_t wanted[MOST];
+        for (int j = 0; j < c->d; j++)
+            for (int i = j; i < size; i += c->d)
+                wanted[i] = (int8_t)(signs >> j & 1 ? -table[i] : table[i]);
+        if (memcmp(table + signs * size, wanted, (size_t)size) != 0)
+            return 0;
+    }
+    for (int i = 0; i < size; i++)
+        if (table[i] < 0)
+            return 0;
+    return 1;
+}
+
 /* A token's spans: see view in infer_int.c. */
 typedef struct {
     const int16_t *x;

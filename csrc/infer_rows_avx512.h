@@ -1,13 +1,14 @@
 /* infer_rows_avx512.h - table rows on AVX-512 with VBMI and VNNI. Included by infer_rows.h only.
  *
  * Tables of up to 256 rows lie in registers as planes: plane j holds value j of every row, and a byte
- * permutation looks up 64 indices at once. Larger ones are fetched row by row; their indices are cut out
- * of the payload 32 at once, go through memory, and are loaded from there in pairs.
+ * permutation looks up 64 indices at once. Rows of larger ones are gathered, sixteen indices at once.
  *
- * One token is multiplied byte by byte: an activation is 256 h + l with l in 0..255, so that
- *     sum x w = 256 (sum h (w + 128) - 128 sum h) + sum l w
- * takes two sums of products of an unsigned with a signed byte (vpdpbusd), four to a lane. What depends
- * on the activations alone is made once a span. All this is modulo 2^32, and the sum itself fits. */
+ * One token is multiplied byte by byte, an unsigned with a signed one, four products to a lane (vpdpbusd). Where
+ * activations are bytes x with a multiplier, planes hold w + 128, and
+ *     sum x w = sum x (w + 128) - 128 sum x.
+ * Otherwise an activation is 256 h + l with l in 0..255, so that
+ *     sum x w = 256 (sum h (w + 128) - 128 sum h) + sum l w.
+ * What depends on the activations alone is made once a span. All this is modulo 2^32, and the sum itself fits. */
 #ifndef PLLM_INFER_ROWS_AVX512_H
 #define PLLM_INFER_ROWS_AVX512_H
 
@@ -19,7 +20,11 @@ enum {
     DOT_TOGETHER = 4,  /* rows whose sums over lanes are taken together */
     PLANE_BITS = 8,    /* the most bits of an index into planes */
     PLANE_ROWS = 8,    /* the most values of a row in them */
-    PAIRED_BITS = 6    /* indices of pairs: one permutation looks them up */
+    PAIRED_BITS = 6,   /* indices of pairs: one permutation looks them up */
+    GATHERED = 16,     /* lanes whose indices are cut out together */
+    SPANS_TOGETHER = 8, /* of a row, before those of the next */
+    GATHERED_ROWS = 2,   /* of the matrix, multiplied side by side: loads are what limits gathers */
+    AHEAD = 2048         /* bytes between what is read of the payload and what is asked for, or more */
 };
 
 /* Rows of d values, 2^bits of them. */
@@ -29,8 +34,10 @@ struct row_table {
     int pairing; /* an index of this table is 2^pairing indices of the codec, side by side */
     int stride;  /* bytes from row to row, a power of two; 0 for planes */
     int one_by_one; /* one token: its activations are split into bytes */
-    /* For cutting out indices: the bytes that each eight of a vector take, and their bits (see plan_cut).
-     * For packing: where the values of fetched rows stand. */
+    int bytes;      /* planes and one_by_one: its activations are bytes, and the planes hold w + 128 */
+    int symmetric;  /* bytes: the d highest bits of an index are the signs of its row's values, see make_signed_planes */
+    /* For cutting out indices: the bytes that each eight of a vector take, or each lane, and how far their bits are
+     * to be shifted down (see plan_cut). For packing: where the values of fetched rows stand. */
     uint8_t take[CHUNK], shift[CHUNK], pack[CHUNK];
 };
 
@@ -39,18 +46,29 @@ static int has_planes(const row_table *t) { return t->stride == 0; }
 /* Vectors of a plane. */
 static int plane_vectors(int bits) { return bits <= 6 ? 1 : 1 << (bits - 6); }
 
-/* Indices become bytes in planes, words else. The indices of eight bytes, 8 or 4, fit these eight bytes of
- * the payload even where they start within a byte. An index that is narrower carries bits of the
- * next with it. */
+/* Indices become bytes in planes. Eight of them fit eight bytes of the payload even where they start within a byte;
+ * one that is narrower carries bits of the next with it. */
 static void plan_cut(row_table *t)
 {
-    const int size = has_planes(t) ? 1 : 2, together = 8 / size;
     for (int at = 0; at < CHUNK; at++) {
-        const int first = at / 8 * together * t->bits;
+        const int first = at / 8 * 8 * t->bits;
         t->take[at] = (uint8_t)(first / 8 + at % 8);
-        t->shift[at] = (uint8_t)(first % 8 + at % 8 / size * t->bits + at % size * 8);
-        t->pack[at] = (uint8_t)(at / t->d * t->stride + at % t->d);
+        t->shift[at] = (uint8_t)(first % 8 + at % 8 * t->bits);
     }
+}
+
+/* Else each of GATHERED lanes takes the four bytes that an index is in; each of two lanes, where rows have sixteen
+ * bytes and are gathered by halves. */
+static void plan_lanes(row_table *t)
+{
+    for (int lane = 0; lane < GATHERED; lane++) {
+        const int first = (t->stride == 16 ? lane / 2 : lane) * t->bits;
+        for (int byte = 0; byte < 4; byte++)
+            t->take[4 * lane + byte] = (uint8_t)(first / 8 + byte);
+        t->shift[4 * lane] = (uint8_t)(first % 8);
+    }
+    for (int at = 0; at < CHUNK; at++)
+        t->pack[at] = (uint8_t)(at / t->d * t->stride + at % t->d);
 }
 
 /* Spans of 1, 2, 3, 4 and 8 values a row are whole chunks of indices, or nearly: d = 3 wastes an eighth. */
@@ -66,7 +84,12 @@ static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tok
             t.bits *= 2;
             t.pairing++;
         }
-    plan_cut(&t);
+    t.bytes = has_planes(&t) && t.one_by_one && has_byte_activations(c);
+    t.symmetric = t.bytes && t.d == 4 && t.bits > 6 && is_symmetric(c);
+    if (has_planes(&t))
+        plan_cut(&t);
+    else
+        plan_lanes(&t);
     return t;
 }
 
@@ -81,7 +104,7 @@ static int is_in_place(const row_table *t, const pllm_codec *c)
 static size_t row_table_bytes(const row_table *t, const pllm_codec *c)
 {
     if (has_planes(t))
-        return (size_t)(t->d * plane_vectors(t->bits) * CHUNK);
+        return (size_t)(t->d * (t->symmetric ? 1 : plane_vectors(t->bits)) * CHUNK);
     return is_in_place(t, c) ? 0 : (size_t)t->stride << t->bits;
 }
 
@@ -94,7 +117,24 @@ static void make_planes(const row_table *t, const pllm_codec *c, int8_t *target)
         int8_t values[PLLM_MAX_SUBVECTOR];
         copy_row(c, t->pairing, row & ((1 << t->bits) - 1), values);
         for (int j = 0; j < t->d; j++)
-            target[j * length + row] = values[j];
+            target[j * length + row] = (int8_t)(t->bytes ? values[j] ^ -128 : values[j]);
+    }
+}
+
+/* Signs that six bits of an index have room for beside the bits of its row. */
+PLLM_INLINE int signs_beside(int d, int bits) { return 6 - (bits - d); }
+
+/* target: planes (d, 64), for indices with the row's bits and some of the signs, see split_signs. */
+static void make_signed_planes(const row_table *t, const pllm_codec *c, int8_t *target)
+{
+    const int row_bits = t->bits - t->d, beside = signs_beside(t->d, t->bits);
+    for (int i = 0; i < CHUNK; i++) {
+        int8_t values[PLLM_MAX_SUBVECTOR];
+        copy_row(c, 0, i & ((1 << row_bits) - 1), values);
+        for (int j = 0; j < t->d; j++) {
+            const int negative = i >> (row_bits + j % beside) & 1;
+            target[j * CHUNK + i] = (int8_t)((negative ? -values[j] : values[j]) ^ -128);
+        }
     }
 }
 
@@ -103,7 +143,9 @@ static void make_rows(row_table *t, const pllm_codec *c, void *memory)
 {
     int8_t *const target = memory;
     t->rows = target;
-    if (has_planes(t))
+    if (t->symmetric)
+        make_signed_planes(t, c, target);
+    else if (has_planes(t))
         make_planes(t, c, target);
     else if (is_in_place(t, c))
         t->rows = c->table;
@@ -119,27 +161,80 @@ static void make_rows(row_table *t, const pllm_codec *c, void *memory)
 /* Values of a span as laid out for the products; those of one token end with one int32. */
 static ptrdiff_t span_width(const row_table *t, ptrdiff_t span)
 {
+    const ptrdiff_t chunks = round_up(span, CHUNK) / CHUNK, end = t->one_by_one ? HALF_CHUNK : 0;
+    if (t->bytes)
+        return chunks * (1 + t->d) * HALF_CHUNK + end;
     if (has_planes(t))
-        return round_up(span, CHUNK) * t->d + (t->one_by_one ? HALF_CHUNK : 0);
-    return t->one_by_one ? round_up(span * t->stride, 2 * CHUNK) + HALF_CHUNK : round_up(span * t->d, HALF_CHUNK);
+        return chunks * t->d * CHUNK + end;
+    return t->one_by_one ? round_up(span * t->stride, 2 * CHUNK) + end : round_up(span * t->d, HALF_CHUNK);
+}
+
+PLLM_INLINE __m512i load_64(const void *p) { return _mm512_loadu_si512(p); }
+
+/* 64 int16 as bytes. */
+PLLM_INLINE __m512i narrowed(__m512i low, __m512i high)
+{
+    const __m512i lower = _mm512_castsi256_si512(_mm512_cvtepi16_epi8(low));
+    return _mm512_inserti64x4(lower, _mm512_cvtepi16_epi8(high), 1);
+}
+
+/* target: one int32, the sum of a vector's lanes. */
+static void store_excess(int16_t *target, __m512i lanes)
+{
+    const __m512i zero = _mm512_setzero_si512();
+    int32_t sums[4];
+    vi_sum4(sums, lanes, zero, zero, zero);
+    memcpy(target, sums, sizeof *sums);
 }
 
 /* Each 64 of the values become 64 low bytes and 64 high bytes; behind them what the products of the high
  * bytes with w + 128 are too large. */
 static void split_values(int16_t *x, ptrdiff_t values)
 {
-    int32_t sum = 0;
+    __m512i sums = _mm512_setzero_si512();
     for (ptrdiff_t at = 0; at < values; at += CHUNK) {
-        uint8_t bytes[2 * CHUNK];
-        for (int i = 0; i < CHUNK; i++) {
-            bytes[i] = (uint8_t)(x[at + i] & 255);
-            bytes[CHUNK + i] = (uint8_t)(x[at + i] >> 8);
-            sum += x[at + i] >> 8;
-        }
-        memcpy(x + at, bytes, sizeof bytes);
+        const __m512i a = load_64(x + at), b = load_64(x + at + HALF_CHUNK);
+        const __m512i high = narrowed(_mm512_srai_epi16(a, 8), _mm512_srai_epi16(b, 8));
+        _mm512_storeu_si512(x + at, narrowed(a, b));
+        _mm512_storeu_si512(x + at + HALF_CHUNK, high);
+        sums = vi_dot_bytes(sums, _mm512_set1_epi8(1), high);
     }
-    sum *= 256 * 128; /* at most 512 * 2^7 * 2^15 */
-    memcpy(x + values, &sum, sizeof sum);
+    store_excess(x + values, _mm512_slli_epi32(sums, 15)); /* at most 512 * 2^7 * 2^15 */
+}
+
+/* target: for each 64 indices the multipliers of the lanes, which never have values of two blocks, and d times 64
+ * bytes, by planes; behind them what the products with w + 128 are too large. */
+static void arrange_bytes(const row_table *t, ptrdiff_t span, const quantised_span *q, int16_t *target)
+{
+    const int d = t->d, together = CHUNK / d; /* values of a vector for one plane */
+    uint8_t order[CHUNK];
+    __m512i excess = _mm512_setzero_si512();
+    for (int i = 0; i < CHUNK; i++)
+        order[i] = (uint8_t)(i % together * d + i / together);
+    for (ptrdiff_t first = 0; first < span * d; first += CHUNK * d) {
+        int8_t *const bytes = (int8_t *)(target + HALF_CHUNK);
+        for (int lane = 0; lane < CHUNK / 4; lane++) {
+            const int32_t multiplier = q->multiplier[smaller(first + lane * 4 * d, SPAN_VALUES - 1) / BLOCK];
+            memcpy(target + 2 * lane, &multiplier, sizeof multiplier);
+        }
+        for (int i = 0; i < d; i++) {
+            int8_t ordered[CHUNK];
+            const ptrdiff_t at = first + i * CHUNK;
+            if (at < SPAN_VALUES) {
+                const __m512i here = narrowed(load_64(q->value + at), load_64(q->value + at + HALF_CHUNK));
+                _mm512_storeu_si512(ordered, _mm512_permutexvar_epi8(load_64(order), here));
+            } else
+                memset(ordered, 0, sizeof ordered);
+            for (int j = 0; j < d; j++)
+                memcpy(bytes + j * CHUNK + i * together, ordered + j * together, (size_t)together);
+        }
+        __m512i products = _mm512_setzero_si512();
+        for (int j = 0; j < d; j++)
+            products = vi_dot_bytes(products, _mm512_set1_epi8(1), load_64(bytes + j * CHUNK));
+        excess = _mm512_add_epi32(excess, _mm512_mullo_epi32(products, load_64(target)));
+        target += (1 + d) * HALF_CHUNK;
+    }
+    store_excess(target, _mm512_slli_epi32(excess, 7)); /* at most 512 * 2^15 * 2^7 */
 }
 
 /* target (span_width) = the activations of a span, in the order in which the products meet it: by planes of each 64
@@ -148,6 +243,10 @@ static void arrange(const row_table *t, ptrdiff_t span, const quantised_span *q,
 {
     int16_t x[SPAN_VALUES];
     const ptrdiff_t width = span_width(t, span), d = t->d;
+    if (t->bytes) {
+        arrange_bytes(t, span, q, target);
+        return;
+    }
     join_multipliers(q, span * d, x);
     memset(target, 0, (size_t)width * sizeof *target);
     if (has_planes(t))
@@ -166,55 +265,58 @@ static void arrange(const row_table *t, ptrdiff_t span, const quantised_span *q,
 
 /* ---- products with one token ----------------------------------------------------------------- */
 
-PLLM_INLINE __m512i load_64(const void *p) { return _mm512_loadu_si512(p); }
-
-/* Sums of products with low and high bytes; several of each, because a sum waits for the one before it. */
+/* Sums of products with low and high bytes; two of each, because a sum waits for the one before it. */
 typedef struct {
-    __m512i low[4], high[4];
+    __m512i low[2], high[2];
 } byte_sums;
 
 PLLM_INLINE byte_sums no_sums(void)
 {
     const __m512i zero = _mm512_setzero_si512();
-    return (byte_sums){{zero, zero, zero, zero}, {zero, zero, zero, zero}};
+    return (byte_sums){{zero, zero}, {zero, zero}};
 }
 
-/* x: 64 low bytes and 64 high bytes of the activations that meet the 64 values. */
-PLLM_INLINE void add_products(byte_sums *s, int which, __m512i values, const uint8_t *x)
+/* low, high: bytes of the activations that meet the 64 values. */
+PLLM_INLINE void add_products(byte_sums *s, int which, __m512i values, __m512i low, __m512i high)
 {
     const __m512i raised = _mm512_xor_si512(values, _mm512_set1_epi8(-128));
-    s->low[which] = vi_dot_bytes(s->low[which], load_64(x), values);
-    s->high[which] = vi_dot_bytes(s->high[which], raised, load_64(x + CHUNK));
-}
-
-PLLM_INLINE __m512i sum_of_four(const __m512i *s)
-{
-    return _mm512_add_epi32(_mm512_add_epi32(s[0], s[1]), _mm512_add_epi32(s[2], s[3]));
+    s->low[which] = vi_dot_bytes(s->low[which], low, values);
+    s->high[which] = vi_dot_bytes(s->high[which], raised, high);
 }
 
 PLLM_INLINE __m512i sum_of_bytes(const byte_sums *s)
 {
-    return _mm512_add_epi32(sum_of_four(s->low), _mm512_slli_epi32(sum_of_four(s->high), 8));
+    const __m512i low = _mm512_add_epi32(s->low[0], s->low[1]);
+    return _mm512_add_epi32(low, _mm512_slli_epi32(_mm512_add_epi32(s->high[0], s->high[1]), 8));
 }
 
-/* dot + the scale of span s times its products, those of each row in the lanes of one vector. */
-PLLM_INLINE __m128 add_span(__m128 dot, const __m512i *products, const token_spans *token, ptrdiff_t s)
+/* Products with as many rows, in lanes, of spans side by side. */
+typedef __m512i row_products[DOT_TOGETHER];
+
+/* total + the sums of n spans' products, times the spans' scales, from span `first` on. */
+PLLM_INLINE __m128 add_spans(__m128 total, const row_products *products, const token_spans *token, ptrdiff_t first,
+                             ptrdiff_t n)
 {
-    int32_t sums[DOT_TOGETHER], excess;
-    memcpy(&excess, token->x + (s + 1) * token->width - HALF_CHUNK, sizeof excess);
-    vi_sum4(sums, products[0], products[1], products[2], products[3]);
-    const __m128i whole = _mm_loadu_si128((const __m128i *)(const void *)sums);
-    const __m128 exact = _mm_cvtepi32_ps(_mm_sub_epi32(whole, _mm_set1_epi32(excess)));
-    return _mm_fmadd_ps(_mm_set1_ps(token->scale[s]), exact, dot);
+    for (ptrdiff_t s = 0; s < n; s++) {
+        int32_t sums[DOT_TOGETHER], excess;
+        memcpy(&excess, token->x + (first + s + 1) * token->width - HALF_CHUNK, sizeof excess);
+        vi_sum4(sums, products[s][0], products[s][1], products[s][2], products[s][3]);
+        const __m128i four = _mm_loadu_si128((const __m128i *)(const void *)sums);
+        const __m128 exact = _mm_cvtepi32_ps(_mm_sub_epi32(four, _mm_set1_epi32(excess)));
+        total = _mm_fmadd_ps(_mm_set1_ps(token->scale[first + s]), exact, total);
+    }
+    return total;
 }
 
-/* The activations of span s. */
-PLLM_INLINE const uint8_t *bytes_of(const token_spans *token, ptrdiff_t s)
+/* Asks for what lies `ahead` bytes behind `bytes` bytes of the payload: the processor's own guesses end with each
+ * page. */
+PLLM_INLINE void ask_ahead(const uint8_t *source, ptrdiff_t ahead, ptrdiff_t bytes)
 {
-    return (const uint8_t *)(const void *)(token->x + s * token->width);
+    for (ptrdiff_t i = 0; i < bytes; i += CHUNK)
+        PLLM_PREFETCH((const void *)((uintptr_t)source + (uintptr_t)(ahead + i)));
 }
 
-/* Indices cut out: 64 as bytes, or 32 as words whose upper bits are to be ignored. */
+/* 64 indices as bytes, whose upper bits are to be ignored. */
 PLLM_INLINE __m512i cut(const row_table *t, const uint8_t *source)
 {
     const __m512i near = _mm512_permutexvar_epi8(load_64(t->take), load_64(source));
@@ -223,68 +325,95 @@ PLLM_INLINE __m512i cut(const row_table *t, const uint8_t *source)
 
 /* ---- look-ups in planes ---------------------------------------------------------------------- */
 
-/* 64 indices, and which have which of the bits that choose a vector of a plane. */
+/* 64 indices; which name a row of the second, third and fourth vector of a plane, or for symmetric tables the same
+ * with the upper signs in place of the lower ones. */
 typedef struct {
-    __m512i index;
-    __mmask64 bit_7, bits_6_and_7;
+    __m512i index, upper;
+    __mmask64 in[4];
 } index_chunk;
 
 PLLM_INLINE index_chunk next_chunk(const row_table *t, const uint8_t *source, int vectors)
 {
-    index_chunk k = {vectors == 4 ? load_64(source) : cut(t, source), 0, 0};
-    if (vectors == 4) {
-        const __m512i twice = _mm512_add_epi8(k.index, k.index);
-        k.bit_7 = _mm512_movepi8_mask(k.index);
-        k.bits_6_and_7 = _mm512_movepi8_mask(_mm512_and_si512(k.index, twice));
+    index_chunk k = {.index = vectors == 4 ? load_64(source) : cut(t, source)};
+    if (vectors > 1) {
+        const __mmask64 bit_6 = _mm512_movepi8_mask(_mm512_add_epi8(k.index, k.index));
+        const __mmask64 bit_7 = vectors == 4 ? _mm512_movepi8_mask(k.index) : 0;
+        k.in[1] = vectors == 4 ? bit_6 & ~bit_7 : bit_6;
+        k.in[2] = bit_7 & ~bit_6;
+        k.in[3] = bit_7 & bit_6;
     }
     return k;
 }
 
-/* One value for each index. plane: `vectors` of them. */
+PLLM_INLINE index_chunk next_signed_chunk(const row_table *t, const uint8_t *source, int d, int bits)
+{
+    index_chunk k = {.index = bits == 8 ? load_64(source) : cut(t, source)};
+    const __m512i row = _mm512_set1_epi8((char)((1 << (bits - d)) - 1));
+    const __m512i shifted = _mm512_srli_epi16(k.index, (unsigned)signs_beside(d, bits));
+    k.upper = _mm512_or_si512(_mm512_and_si512(row, k.index), _mm512_andnot_si512(row, shifted));
+    return k;
+}
+
+/* One value for each index. plane: `vectors` of them. A permutation out of two vectors takes as long as two out of
+ * one. */
 PLLM_INLINE __m512i look_up(const __m512i *plane, const index_chunk *k, int vectors)
 {
-    if (vectors == 1)
-        return _mm512_permutexvar_epi8(k->index, plane[0]);
-    __m512i values = _mm512_permutex2var_epi8(plane[0], k->index, plane[1]);
-    if (vectors == 4) {
-        values = _mm512_mask_permutexvar_epi8(values, k->bit_7, k->index, plane[2]);
-        values = _mm512_mask_permutexvar_epi8(values, k->bits_6_and_7, k->index, plane[3]);
-    }
+    __m512i values = _mm512_permutexvar_epi8(k->index, plane[0]);
+    PLLM_UNROLL
+    for (int i = 1; i < vectors; i++)
+        values = _mm512_mask_permutexvar_epi8(values, k->in[i], k->index, plane[i]);
     return values;
+}
+
+enum form { BYTES, SIGNED, SPLIT, GATHER }; /* planes with activations as bytes, the same of symmetric tables, planes
+                                             * with split activations, rows from memory */
+
+/* Of 64 indices. size: vectors of a plane, or the bits of an index of a symmetric table. */
+PLLM_INLINE __m512i dot_chunk_of_bytes(const row_table *t, const __m512i *planes, const uint8_t *source,
+                                       const uint8_t *x, enum form form, int d, int size)
+{
+    const index_chunk k = form == SIGNED ? next_signed_chunk(t, source, d, size) : next_chunk(t, source, size);
+    __m512i sum = _mm512_setzero_si512();
+    PLLM_UNROLL
+    for (int j = 0; j < d; j++) {
+        const __m512i index = j < signs_beside(d, size) ? k.index : k.upper;
+        const __m512i values = form == SIGNED ? _mm512_permutexvar_epi8(index, planes[j])
+                                              : look_up(planes + j * size, &k, size);
+        sum = vi_dot_bytes(sum, values, load_64(x + (1 + j) * CHUNK));
+    }
+    return _mm512_mullo_epi32(sum, load_64(x));
+}
+
+PLLM_INLINE __m512i dot_span_of_bytes(const row_table *t, const __m512i *planes, const uint8_t *source,
+                                      ptrdiff_t octets, const uint8_t *x, enum form form, int d, int size)
+{
+    const int whole = SPAN_VALUES / d / CHUNK; /* chunks */
+    const ptrdiff_t step = 8 * t->bits;
+    __m512i sum = _mm512_setzero_si512();
+    if (octets * OCTET * d == SPAN_VALUES) {
+        PLLM_UNROLL
+        for (int i = 0; i < whole; i++)
+            sum = _mm512_add_epi32(sum, dot_chunk_of_bytes(t, planes, source + i * step,
+                                                           x + i * (1 + d) * CHUNK, form, d, size));
+        return sum;
+    }
+    for (; octets > 0; octets -= 8, source += step, x += (1 + d) * CHUNK)
+        sum = _mm512_add_epi32(sum, dot_chunk_of_bytes(t, planes, source, x, form, d, size));
+    return sum;
 }
 
 PLLM_INLINE __m512i dot_span_of_planes(const row_table *t, const __m512i *planes, const uint8_t *source,
                                        ptrdiff_t octets, const uint8_t *x, int d, int vectors)
 {
-    const int together = vectors == 4 ? 2 : 4; /* sums in registers beside the planes */
     byte_sums s = no_sums();
     for (; octets > 0; octets -= 8, source += 8 * t->bits, x += 2 * d * CHUNK) {
         const index_chunk k = next_chunk(t, source, vectors);
         PLLM_UNROLL
         for (int j = 0; j < d; j++)
-            add_products(&s, j % together, look_up(planes + j * vectors, &k, vectors), x + 2 * j * CHUNK);
+            add_products(&s, j % 2, look_up(planes + j * vectors, &k, vectors), load_64(x + 2 * j * CHUNK),
+                         load_64(x + (2 * j + 1) * CHUNK));
     }
     return sum_of_bytes(&s);
-}
-
-PLLM_INLINE void dot_planes(const row_table *t, const uint8_t *rows, ptrdiff_t stride, ptrdiff_t count,
-                            const token_spans *token, float *dot, int d, int vectors)
-{
-    __m512i planes[PLANE_ROWS * 4];
-    for (int i = 0; i < d * vectors; i++)
-        planes[i] = load_64(t->rows + i * CHUNK);
-    for (ptrdiff_t first = 0; first < count; first += DOT_TOGETHER) {
-        __m128 sums = _mm_setzero_ps();
-        for (ptrdiff_t s = 0; s < token->spans; s++) {
-            __m512i products[DOT_TOGETHER];
-            for (int r = 0; r < DOT_TOGETHER; r++)
-                products[r] = dot_span_of_planes(t, planes, row_at(rows, stride, count, first + r) +
-                                                                s * token->octets * t->bits,
-                                                 octets_in(token, s), bytes_of(token, s), d, vectors);
-            sums = add_span(sums, products, token, s);
-        }
-        _mm_storeu_ps(dot + first, sums);
-    }
 }
 
 PLLM_INLINE void store_widened(int16_t *target, __m512i bytes)
@@ -312,166 +441,135 @@ PLLM_INLINE void decode_planes(const row_table *t, const uint8_t *source, ptrdif
 
 /* ---- rows from memory ------------------------------------------------------------------------ */
 
-typedef struct {
-    uint16_t index[SPAN_VALUES + 32];
-} index_buffer;
-
-/* The indices at source as words. */
-PLLM_INLINE const uint8_t *cut_span(const row_table *t, const uint8_t *source, ptrdiff_t octets,
-                                    index_buffer *buffer)
+/* The indices of GATHERED lanes; no bit of one is behind 32 bytes. */
+PLLM_INLINE __m512i cut_lanes(const row_table *t, const uint8_t *source)
 {
-    uint8_t *const words = (uint8_t *)buffer->index;
-    const __m512i own = _mm512_set1_epi16((int16_t)((1 << t->bits) - 1));
-    if (t->bits == 16)
-        return source;
-    for (ptrdiff_t i = 0; i < octets; i += 4, source += 4 * t->bits)
-        _mm512_storeu_si512(words + 16 * i, _mm512_and_si512(cut(t, source), own));
-    return words;
+    const __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)source));
+    const __m512i near = _mm512_permutexvar_epi8(load_64(t->take), bytes);
+    return _mm512_and_si512(_mm512_srlv_epi32(near, load_64(t->shift)), _mm512_set1_epi32((1 << t->bits) - 1));
 }
 
-/* Lanes 1, 2 and 3 of a vector, and the middle ones of four words. Their values are hidden from the
- * compiler, which would make shuffles and vector shifts of masks it knows. */
-typedef struct {
-    __mmask8 lane[4];
-    uint64_t word_1, word_2;
-} fetch_masks;
+/* What a cut gives: vectors of rows, and the bits of their indices. */
+PLLM_INLINE int gathered_vectors(int stride) { return stride == 4 ? 1 : 2; }
+PLLM_INLINE ptrdiff_t gathered_octets(int stride) { return stride == 16 ? 1 : 2; }
 
-PLLM_INLINE fetch_masks make_masks(void)
+/* values (gathered_vectors) = rows side by side. */
+PLLM_INLINE void gather(const row_table *t, const uint8_t *source, int stride, __m512i *values)
 {
-    fetch_masks m = {.word_1 = 0xffff0000, .word_2 = 0xffff00000000};
-    PLLM_OPAQUE(m.word_1);
-    PLLM_OPAQUE(m.word_2);
-    PLLM_UNROLL
-    for (int i = 1; i < 4; i++) {
-        uint32_t bit = 1u << i;
-        PLLM_OPAQUE(bit);
-        m.lane[i] = (__mmask8)bit;
+    __m512i index = cut_lanes(t, source);
+    if (stride == 4) {
+        values[0] = vi_gather4(t->rows, index);
+        return;
     }
-    return m;
+    if (stride == 16) /* two halves of each row */
+        index = _mm512_add_epi32(_mm512_add_epi32(index, index), _mm512_set1_epi64(1ll << 32));
+    values[0] = vi_gather8(t->rows, _mm512_castsi512_si256(index));
+    values[1] = vi_gather8(t->rows, _mm512_extracti64x4_epi64(index, 1));
 }
 
-/* row[0..4) = the rows of the four words at k. */
-PLLM_INLINE void find_rows(const int8_t *rows, const uint8_t *k, int stride, const fetch_masks *m,
-                           const int8_t **row)
+/* products (GATHERED_ROWS) of spans of as many rows of the matrix. */
+PLLM_INLINE void dot_span_gathered(const row_table *t, const uint8_t *const *source, ptrdiff_t octets,
+                                   const uint8_t *x, int stride, __m512i *products)
 {
-    const uint64_t word = pllm_load_word(k);
-    row[0] = rows + (size_t)(word & 65535) * (size_t)stride;
-    row[1] = rows + (size_t)_pext_u64(word, m->word_1) * (size_t)stride;
-    row[2] = rows + (size_t)_pext_u64(word, m->word_2) * (size_t)stride;
-    row[3] = rows + (size_t)(word >> 48) * (size_t)stride;
-}
-
-/* Four rows side by side. A row comes into its lane by a load that repeats it and a mask, which leaves
- * alone the one port for moves between lanes. */
-PLLM_INLINE __m128i four_rows_of_4(const int8_t *rows, const uint8_t *k, const fetch_masks *m)
-{
-    const int8_t *row[4];
-    __m128i joined = _mm_setzero_si128();
-    find_rows(rows, k, 4, m, row);
-    PLLM_UNROLL
-    for (int i = 0; i < 4; i++) {
-        int32_t four;
-        memcpy(&four, row[i], sizeof four);
-        joined = i == 0 ? _mm_cvtsi32_si128(four)
-                        : _mm_mask_mov_epi32(joined, m->lane[i], _mm_set1_epi32(four));
-    }
-    return joined;
-}
-
-/* Two of four rows. */
-PLLM_INLINE __m128i two_rows_of_8(const int8_t *const *row, const fetch_masks *m)
-{
-    int64_t first, second;
-    memcpy(&first, row[0], sizeof first);
-    memcpy(&second, row[1], sizeof second);
-    return _mm_mask_mov_epi64(_mm_cvtsi64_si128(first), m->lane[1], _mm_set1_epi64x(second));
-}
-
-PLLM_INLINE __m128i load_16(const int8_t *p) { return _mm_loadu_si128((const __m128i *)(const void *)p); }
-
-PLLM_INLINE __m512i join(__m128i a, __m128i b, __m128i c, __m128i d)
-{
-    const __m512i two = _mm512_inserti32x4(_mm512_castsi128_si512(a), b, 1);
-    return _mm512_inserti32x4(_mm512_inserti32x4(two, c, 2), d, 3);
-}
-
-/* 64 bytes of rows, of the words at k. */
-PLLM_INLINE __m512i fetch(const int8_t *rows, const uint8_t *k, int stride, const fetch_masks *m)
-{
-    const int8_t *row[8];
-    if (stride == 4)
-        return join(four_rows_of_4(rows, k, m), four_rows_of_4(rows, k + 8, m),
-                    four_rows_of_4(rows, k + 16, m), four_rows_of_4(rows, k + 24, m));
-    find_rows(rows, k, stride, m, row);
-    if (stride == 16)
-        return join(load_16(row[0]), load_16(row[1]), load_16(row[2]), load_16(row[3]));
-    find_rows(rows, k + 8, 8, m, row + 4);
-    return join(two_rows_of_8(row, m), two_rows_of_8(row + 2, m), two_rows_of_8(row + 4, m),
-                two_rows_of_8(row + 6, m));
-}
-
-/* Vectors of rows in so many octets. */
-PLLM_INLINE ptrdiff_t fetches(ptrdiff_t octets, int stride) { return (octets * stride + 7) / 8; }
-
-PLLM_INLINE __m512i dot_span_fetched(const row_table *t, const uint8_t *source, ptrdiff_t octets,
-                                     const uint8_t *x, int stride, const fetch_masks *m)
-{
-    index_buffer buffer;
-    byte_sums s = no_sums();
-    const uint8_t *k = cut_span(t, source, octets, &buffer);
-    for (ptrdiff_t n = fetches(octets, stride); n > 0; n -= 2, k += 4 * CHUNK / stride, x += 4 * CHUNK) {
-        add_products(&s, 0, fetch(t->rows, k, stride, m), x);
-        add_products(&s, 1, fetch(t->rows, k + 2 * CHUNK / stride, stride, m), x + 2 * CHUNK);
-    }
-    return sum_of_bytes(&s);
-}
-
-PLLM_INLINE void dot_fetched(const row_table *t, const uint8_t *rows, ptrdiff_t stride, ptrdiff_t count,
-                             const token_spans *token, float *dot, int table_stride)
-{
-    const fetch_masks m = make_masks();
-    for (ptrdiff_t first = 0; first < count; first += DOT_TOGETHER) {
-        __m128 sums = _mm_setzero_ps();
-        for (ptrdiff_t s = 0; s < token->spans; s++) {
-            __m512i products[DOT_TOGETHER];
-            for (int r = 0; r < DOT_TOGETHER; r++)
-                products[r] = dot_span_fetched(t, row_at(rows, stride, count, first + r) +
-                                                      s * token->octets * t->bits,
-                                               octets_in(token, s), bytes_of(token, s), table_stride, &m);
-            sums = add_span(sums, products, token, s);
+    const int vectors = gathered_vectors(stride);
+    const ptrdiff_t step = gathered_octets(stride);
+    byte_sums s[GATHERED_ROWS] = {no_sums(), no_sums()};
+    for (ptrdiff_t at = 0; at < octets; at += step, x += vectors * 2 * CHUNK) {
+        __m512i values[GATHERED_ROWS][2];
+        PLLM_UNROLL
+        for (int r = 0; r < GATHERED_ROWS; r++)
+            gather(t, source[r] + at * t->bits, stride, values[r]);
+        PLLM_UNROLL
+        for (int i = 0; i < vectors; i++) {
+            const __m512i low = load_64(x + 2 * i * CHUNK), high = load_64(x + (2 * i + 1) * CHUNK);
+            PLLM_UNROLL
+            for (int r = 0; r < GATHERED_ROWS; r++)
+                add_products(s + r, i, values[r][i], low, high);
         }
-        _mm_storeu_ps(dot + first, sums);
     }
+    PLLM_UNROLL
+    for (int r = 0; r < GATHERED_ROWS; r++)
+        products[r] = sum_of_bytes(s + r);
 }
 
 /* target: row after row, without what fills them up to the table's stride. */
-PLLM_INLINE void decode_fetched(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target,
-                                int stride)
+PLLM_INLINE void decode_gathered(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target,
+                                 int stride)
 {
-    index_buffer buffer;
     const __m512i pack = load_64(t->pack);
-    const fetch_masks m = make_masks();
-    const uint8_t *k = cut_span(t, source, octets, &buffer);
-    for (ptrdiff_t n = fetches(octets, stride); n > 0; n--, k += 2 * CHUNK / stride) {
-        store_widened(target, _mm512_permutexvar_epi8(pack, fetch(t->rows, k, stride, &m)));
-        target += CHUNK / stride * t->d;
+    const ptrdiff_t step = gathered_octets(stride);
+    for (; octets > 0; octets -= step, source += step * t->bits) {
+        __m512i values[2];
+        gather(t, source, stride, values);
+        for (int i = 0; i < gathered_vectors(stride); i++, target += CHUNK / stride * t->d)
+            store_widened(target, _mm512_permutexvar_epi8(pack, values[i]));
+    }
+}
+
+/* ---- all rows -------------------------------------------------------------------------------- */
+
+/* dot (count rounded up to DOT_TOGETHER) = the dot products of `count` rows with a token. size: the vectors of a plane,
+ * the bits of an index of a symmetric table, or the stride of rows in memory. */
+PLLM_INLINE void dot_rows(const row_table *t, const uint8_t *rows, ptrdiff_t stride, ptrdiff_t count,
+                          const token_spans *token, float *dot, enum form form, int d, int size)
+{
+    __m512i planes[PLANE_ROWS * 4];
+    for (int i = 0; form != GATHER && i < (form == SIGNED ? d : d * size); i++)
+        planes[i] = load_64(t->rows + i * CHUNK);
+    const int together = form == GATHER ? GATHERED_ROWS : 1;
+    const ptrdiff_t ahead = round_up(AHEAD, form == GATHER ? together * stride : 1); /* behind the rows at hand */
+    const ptrdiff_t bytes = token->octets * t->bits;
+    for (ptrdiff_t row = 0; row < count; row += DOT_TOGETHER) {
+        __m128 total = _mm_setzero_ps();
+        for (ptrdiff_t first = 0; first < token->spans; first += SPANS_TOGETHER) {
+            const ptrdiff_t end = smaller(first + SPANS_TOGETHER, token->spans);
+            row_products products[SPANS_TOGETHER];
+            for (int r = 0; r < DOT_TOGETHER; r += together) {
+                const uint8_t *source[GATHERED_ROWS];
+                for (int i = 0; i < together; i++)
+                    source[i] = row_at(rows, stride, count, row + r + i) + first * bytes;
+                for (ptrdiff_t s = first; s < end; s++) {
+                    const uint8_t *const x = (const uint8_t *)(const void *)(token->x + s * token->width);
+                    const ptrdiff_t octets = octets_in(token, s);
+                    __m512i *const here = &products[s - first][r];
+                    for (int i = 0; i < together; i++)
+                        ask_ahead(source[i], ahead, bytes);
+                    if (form == GATHER)
+                        dot_span_gathered(t, source, octets, x, size, here);
+                    else if (form == SPLIT)
+                        *here = dot_span_of_planes(t, planes, *source, octets, x, d, size);
+                    else
+                        *here = dot_span_of_bytes(t, planes, *source, octets, x, form, d, size);
+                    for (int i = 0; i < together; i++)
+                        source[i] += bytes;
+                }
+            }
+            total = add_spans(total, products, token, first, end - first);
+        }
+        _mm_storeu_ps(dot + row, total);
     }
 }
 
 /* ---- which for which table ------------------------------------------------------------------- */
 
-#define EACH_VECTORS(X, D) X(D, 1) X(D, 2) X(D, 4)
-#define PLANE_DOT(D, VECTORS) \
-    static void dot_planes_##D##_##VECTORS(const row_table *t, const uint8_t *rows, ptrdiff_t stride, \
-                                     ptrdiff_t count, const token_spans *token, float *dot) \
+#define EACH_VECTORS(X, FORM, D) X(FORM, D, 1) X(FORM, D, 2) X(FORM, D, 4)
+#define DOT_FUNCTION(FORM, D, SIZE) \
+    static void dot_##FORM##_##D##_##SIZE(const row_table *t, const uint8_t *rows, ptrdiff_t stride, \
+                                          ptrdiff_t count, const token_spans *token, float *dot) \
     { \
-        dot_planes(t, rows, stride, count, token, dot, D, VECTORS); \
+        dot_rows(t, rows, stride, count, token, dot, FORM, D, SIZE); \
     }
-EACH_VECTORS(PLANE_DOT, 1)
-EACH_VECTORS(PLANE_DOT, 2)
-EACH_VECTORS(PLANE_DOT, 3)
-EACH_VECTORS(PLANE_DOT, 4)
-EACH_VECTORS(PLANE_DOT, 8)
+EACH_VECTORS(DOT_FUNCTION, BYTES, 1)
+EACH_VECTORS(DOT_FUNCTION, BYTES, 2)
+EACH_VECTORS(DOT_FUNCTION, SPLIT, 3)
+EACH_VECTORS(DOT_FUNCTION, BYTES, 4)
+EACH_VECTORS(DOT_FUNCTION, SPLIT, 8)
+DOT_FUNCTION(BYTES, 8, 1)
+DOT_FUNCTION(SIGNED, 4, 7)
+DOT_FUNCTION(SIGNED, 4, 8)
+DOT_FUNCTION(GATHER, 0, 4)
+DOT_FUNCTION(GATHER, 0, 8)
+DOT_FUNCTION(GATHER, 0, 16)
 
 #define PLANE_DECODE(VECTORS) \
     static void decode_planes_##VECTORS(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
@@ -483,39 +581,38 @@ PLANE_DECODE(1)
 PLANE_DECODE(2)
 PLANE_DECODE(4)
 
-#define FETCH_FUNCTIONS(STRIDE) \
-    static void dot_fetched_##STRIDE(const row_table *t, const uint8_t *rows, ptrdiff_t stride, \
-                                     ptrdiff_t count, const token_spans *token, float *dot) \
+#define GATHER_DECODE(STRIDE) \
+    static void decode_gathered_##STRIDE(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
+                                         int16_t *target) \
     { \
-        dot_fetched(t, rows, stride, count, token, dot, STRIDE); \
-    } \
-    static void decode_fetched_##STRIDE(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
-                                        int16_t *target) \
-    { \
-        decode_fetched(t, source, octets, target, STRIDE); \
+        decode_gathered(t, source, octets, target, STRIDE); \
     }
-FETCH_FUNCTIONS(4)
-FETCH_FUNCTIONS(8)
-FETCH_FUNCTIONS(16)
+GATHER_DECODE(4)
+GATHER_DECODE(8)
+GATHER_DECODE(16)
 
-#define PLANE_ENTRY(D, VECTORS) {decode_planes_##VECTORS, dot_planes_##D##_##VECTORS},
-static const row_functions plane_functions[5][3] = {{EACH_VECTORS(PLANE_ENTRY, 1)},
-                                                    {EACH_VECTORS(PLANE_ENTRY, 2)},
-                                                    {EACH_VECTORS(PLANE_ENTRY, 3)},
-                                                    {EACH_VECTORS(PLANE_ENTRY, 4)},
-                                                    {EACH_VECTORS(PLANE_ENTRY, 8)}};
-#undef PLANE_DOT
+#define PLANE_ENTRY(FORM, D, VECTORS) {decode_planes_##VECTORS, dot_##FORM##_##D##_##VECTORS},
+static const row_functions plane_functions[6][3] = {{EACH_VECTORS(PLANE_ENTRY, BYTES, 1)},
+                                                    {EACH_VECTORS(PLANE_ENTRY, BYTES, 2)},
+                                                    {EACH_VECTORS(PLANE_ENTRY, SPLIT, 3)},
+                                                    {EACH_VECTORS(PLANE_ENTRY, BYTES, 4)},
+                                                    {EACH_VECTORS(PLANE_ENTRY, SPLIT, 8)},
+                                                    {PLANE_ENTRY(BYTES, 8, 1)}};
+#undef DOT_FUNCTION
 #undef PLANE_DECODE
-#undef FETCH_FUNCTIONS
+#undef GATHER_DECODE
 #undef PLANE_ENTRY
 
 static row_functions functions_for(const row_table *t)
 {
+    if (t->symmetric)
+        return t->bits == 7 ? (row_functions){decode_planes_2, dot_SIGNED_4_7}
+                            : (row_functions){decode_planes_4, dot_SIGNED_4_8};
     if (has_planes(t))
-        return plane_functions[t->d == PLANE_ROWS ? 4 : t->d - 1][t->bits <= 6 ? 0 : t->bits - 6];
-    return t->stride == 4   ? (row_functions){decode_fetched_4, dot_fetched_4}
-           : t->stride == 8 ? (row_functions){decode_fetched_8, dot_fetched_8}
-                            : (row_functions){decode_fetched_16, dot_fetched_16};
+        return plane_functions[t->d < PLANE_ROWS ? t->d - 1 : t->bytes ? 5 : 4][t->bits <= 6 ? 0 : t->bits - 6];
+    return t->stride == 4   ? (row_functions){decode_gathered_4, dot_GATHER_0_4}
+           : t->stride == 8 ? (row_functions){decode_gathered_8, dot_GATHER_0_8}
+                            : (row_functions){decode_gathered_16, dot_GATHER_0_16};
 }
 
 #endif

@@ -153,6 +153,23 @@ static inline vf vf_gather(const float *p, vi index)
     VF_LANES y[i] = p[x[i]];
     return vf_load(y);
 }
+/* Four, or eight, bytes of each index, that many apart. */
+static inline vi vi_gather4(const int8_t *p, vi index)
+{
+    int32_t x[VF_WIDTH];
+    vi_store(x, index);
+    VF_LANES memcpy(x + i, p + 4 * (size_t)x[i], 4);
+    return vi_load(x);
+}
+static inline vi vi_gather8(const int8_t *p, __m256i index)
+{
+    int32_t x[VF_WIDTH / 2];
+    int64_t y[VF_WIDTH / 2];
+    _mm256_storeu_si256((__m256i *)(void *)x, index);
+    for (int i = 0; i < VF_WIDTH / 2; i++)
+        memcpy(y + i, p + 8 * (size_t)x[i], 8);
+    return _mm512_loadu_si512(y);
+}
 static inline vi vi_sra(vi a, int n)
 {
     int32_t x[VF_WIDTH];
@@ -216,6 +233,8 @@ static inline vf vf_rint(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NE
 static inline vf vf_from_i(vi a) { return _mm512_cvtepi32_ps(a); }
 static inline vi vi_from_f(vf a) { return _mm512_cvtps_epi32(a); }
 static inline vf vf_gather(const float *p, vi i) { return _mm512_i32gather_ps(i, p, 4); }
+static inline vi vi_gather4(const int8_t *p, vi i) { return _mm512_i32gather_epi32(i, p, 4); }
+static inline vi vi_gather8(const int8_t *p, __m256i i) { return _mm512_i32gather_epi64(i, p, 8); }
 #endif
 static inline vf vf_load_i8(const int8_t *p) { return vf_from_i(vi_load_i8(p)); }
 
