@@ -108,11 +108,41 @@ static size_t row_table_bytes(const row_table *t, const pllm_codec *c)
     return is_in_place(t, c) ? 0 : (size_t)t->stride << t->bits;
 }
 
+PLLM_INLINE __m512i load_64(const void *p) { return _mm512_loadu_si512(p); }
+
+/* What brings 64 bytes, d values of each of 64 / d rows, into the order of planes: first the first values. d: a power
+ * of two. */
+PLLM_INLINE __m512i order_of_planes(int d)
+{
+    uint8_t order[CHUNK];
+    for (int i = 0; i < CHUNK; i++)
+        order[i] = (uint8_t)(i % (CHUNK / d) * d + i / (CHUNK / d));
+    return load_64(order);
+}
+
+/* The i-th 64 of the values of 64 rows, in that order, to the planes, which are `length` bytes each. */
+PLLM_INLINE void put_in_planes(__m512i ordered, int i, int d, ptrdiff_t length, int8_t *planes)
+{
+    int8_t values[CHUNK];
+    _mm512_storeu_si512(values, ordered);
+    for (int j = 0; j < d; j++)
+        memcpy(planes + j * length + i * (CHUNK / d), values + j * (CHUNK / d), CHUNK / (size_t)d);
+}
+
 /* target: planes (d, 64 * vectors). Fewer than 64 rows are repeated: no bit of an index then counts
  * that is not its own. */
 static void make_planes(const row_table *t, const pllm_codec *c, int8_t *target)
 {
     const int length = plane_vectors(t->bits) * CHUNK;
+    if (t->bytes && t->pairing == 0 && c->k == length) {
+        const __m512i order = order_of_planes(t->d), raise = _mm512_set1_epi8(-128);
+        for (int i = 0; i < length / CHUNK * t->d; i++) {
+            const __m512i values = load_64((const int8_t *)c->table + i * CHUNK);
+            put_in_planes(_mm512_permutexvar_epi8(order, _mm512_xor_si512(values, raise)), i % t->d, t->d, length,
+                          target + i / t->d * CHUNK);
+        }
+        return;
+    }
     for (int row = 0; row < length; row++) {
         int8_t values[PLLM_MAX_SUBVECTOR];
         copy_row(c, t->pairing, row & ((1 << t->bits) - 1), values);
@@ -169,8 +199,6 @@ static ptrdiff_t span_width(const row_table *t, ptrdiff_t span)
     return t->one_by_one ? round_up(span * t->stride, 2 * CHUNK) + end : round_up(span * t->d, HALF_CHUNK);
 }
 
-PLLM_INLINE __m512i load_64(const void *p) { return _mm512_loadu_si512(p); }
-
 /* 64 int16 as bytes. */
 PLLM_INLINE __m512i narrowed(__m512i low, __m512i high)
 {
@@ -206,11 +234,9 @@ static void split_values(int16_t *x, ptrdiff_t values)
  * bytes, by planes; behind them what the products with w + 128 are too large. */
 static void arrange_bytes(const row_table *t, ptrdiff_t span, const quantised_span *q, int16_t *target)
 {
-    const int d = t->d, together = CHUNK / d; /* values of a vector for one plane */
-    uint8_t order[CHUNK];
+    const int d = t->d;
+    const __m512i order = order_of_planes(d);
     __m512i excess = _mm512_setzero_si512();
-    for (int i = 0; i < CHUNK; i++)
-        order[i] = (uint8_t)(i % together * d + i / together);
     for (ptrdiff_t first = 0; first < span * d; first += CHUNK * d) {
         int8_t *const bytes = (int8_t *)(target + HALF_CHUNK);
         for (int lane = 0; lane < CHUNK / 4; lane++) {
@@ -218,15 +244,11 @@ static void arrange_bytes(const row_table *t, ptrdiff_t span, const quantised_sp
             memcpy(target + 2 * lane, &multiplier, sizeof multiplier);
         }
         for (int i = 0; i < d; i++) {
-            int8_t ordered[CHUNK];
             const ptrdiff_t at = first + i * CHUNK;
-            if (at < SPAN_VALUES) {
-                const __m512i here = narrowed(load_64(q->value + at), load_64(q->value + at + HALF_CHUNK));
-                _mm512_storeu_si512(ordered, _mm512_permutexvar_epi8(load_64(order), here));
-            } else
-                memset(ordered, 0, sizeof ordered);
-            for (int j = 0; j < d; j++)
-                memcpy(bytes + j * CHUNK + i * together, ordered + j * together, (size_t)together);
+            __m512i here = _mm512_setzero_si512();
+            if (at < SPAN_VALUES)
+                here = narrowed(load_64(q->value + at), load_64(q->value + at + HALF_CHUNK));
+            put_in_planes(_mm512_permutexvar_epi8(order, here), i, d, CHUNK, bytes);
         }
         __m512i products = _mm512_setzero_si512();
         for (int j = 0; j < d; j++)
