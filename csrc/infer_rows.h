@@ -62,6 +62,9 @@ typedef struct row_table row_table;
  * by up to TARGET_SLACK values without meaning. Reads up to OCTET_BYTES from the start of each octet. */
 typedef void decode_fn(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target);
 
+/* The same as bytes, with as many behind them. */
+typedef void decode_bytes_fn(const row_table *t, const uint8_t *source, ptrdiff_t octets, int8_t *target);
+
 /* dot (count rounded up to DOT_TOGETHER) = the products of `count` rows of the matrix, `stride` bytes apart, with the
  * token. */
 typedef void dot_fn(const row_table *t, const uint8_t *rows, ptrdiff_t stride, ptrdiff_t count,

@@ -142,19 +142,35 @@ static void split_values(int16_t *x, ptrdiff_t values)
     memcpy(x + values, &sum, sizeof sum);
 }
 
+/* target (span, d), by planes = x (span, d). Both must have room for whole chunks of indices. */
+static void order_by_planes(const int16_t *x, ptrdiff_t span, int d, int16_t *target)
+{
+    const __m512i lanes = _mm512_setr_epi32(0x10000, 0x30002, 0x50004, 0x70006, 0x90008, 0xb000a, 0xd000c, 0xf000e, 0x110010, 0x130012, 0x150014, 0x170016, 0x190018, 0x1b001a, 0x1d001c, 0x1f001e);
+    for (ptrdiff_t i = 0; i < span; i += HALF_CHUNK)
+        for (int j = 0; j < d; j++) {
+            const __m512i from = _mm512_add_epi16(_mm512_mullo_epi16(lanes, _mm512_set1_epi16((int16_t)d)),
+                                                  _mm512_set1_epi16((int16_t)j));
+            const __m512i vector = _mm512_srli_epi16(from, 5);
+            __m512i values = _mm512_setzero_si512();
+            for (int s = 0; s < d; s++)
+                values = _mm512_mask_permutexvar_epi16(
+                    values, _mm512_cmpeq_epi16_mask(vector, _mm512_set1_epi16((int16_t)s)), from,
+                    _mm512_loadu_si512(x + i * d + s * HALF_CHUNK));
+            _mm512_storeu_si512(target + i / CHUNK * CHUNK * d + j * CHUNK + i % CHUNK, values);
+        }
+}
+
 /* target (span_width) = the activations of a span, in the order in which the products meet it: by planes of each 64
  * indices, or with rows as far apart as the table's. */
 static void arrange(const row_table *t, ptrdiff_t span, const quantised_span *q, int16_t *target)
 {
-    int16_t x[SPAN_VALUES];
+    int16_t x[LAID_OUT];
+    memset(x + SPAN_VALUES, 0, sizeof x - SPAN_VALUES * sizeof *x);
     const ptrdiff_t width = span_width(t, span), d = t->d;
-    join_multipliers(q, span * d, x);
+    join_multipliers(q, SPAN_VALUES, x);
     memset(target, 0, (size_t)width * sizeof *target);
     if (has_planes(t))
-        for (ptrdiff_t i = 0; i < span; i += CHUNK)
-            for (ptrdiff_t j = 0; j < d; j++)
-                for (ptrdiff_t k = i; k < smaller(i + CHUNK, span); k++)
-                    target[i * d + j * CHUNK + k - i] = x[k * d + j];
+        order_by_planes(x, span, t->d, target);
     else if (t->one_by_one)
         for (ptrdiff_t i = 0; i < span; i++)
             memcpy(target + i * t->stride, x + i * d, (size_t)d * sizeof *x);
@@ -310,6 +326,22 @@ PLLM_INLINE void decode_planes(const row_table *t, const uint8_t *source, ptrdif
     }
 }
 
+/* The same as bytes. */
+PLLM_INLINE void decode_planes_to_bytes(const row_table *t, const uint8_t *source, ptrdiff_t octets,
+                                        int8_t *target, int vectors)
+{
+    for (; octets > 0; octets -= 8, source += 8 * t->bits) {
+        const index_chunk k = next_chunk(t, source, vectors);
+        const int8_t *at = t->rows;
+        for (int j = 0; j < t->d; j++, target += CHUNK) {
+            __m512i plane[4];
+            for (int i = 0; i < vectors; i++, at += CHUNK)
+                plane[i] = load_64(at);
+            _mm512_storeu_si512(target, look_up(plane, &k, vectors));
+        }
+    }
+}
+
 /* ---- rows from memory ------------------------------------------------------------------------ */
 
 typedef struct {
@@ -458,6 +490,32 @@ PLLM_INLINE void decode_fetched(const row_table *t, const uint8_t *source, ptrdi
     }
 }
 
+/* 64 bytes of rows, of the words at k. */
+PLLM_INLINE __m512i gather(const int8_t *rows, const uint8_t *k, int stride, const fetch_masks *m)
+{
+#ifndef PLLM_SIMDE
+    if (stride == 4)
+        return _mm512_i32gather_epi32(vi_load_u16((const uint16_t *)(const void *)k), rows, 4);
+    if (stride == 8)
+        return _mm512_i32gather_epi64(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)k)), rows, 8);
+#endif
+    return fetch(rows, k, stride, m);
+}
+
+/* decode_fetched to bytes. */
+PLLM_INLINE void decode_fetched_to_bytes(const row_table *t, const uint8_t *source, ptrdiff_t octets,
+                                         int8_t *target, int stride)
+{
+    index_buffer buffer;
+    const __m512i pack = load_64(t->pack);
+    const fetch_masks m = make_masks();
+    const uint8_t *k = cut_span(t, source, octets, &buffer);
+    for (ptrdiff_t n = fetches(octets, stride); n > 0; n--, k += 2 * CHUNK / stride) {
+        _mm512_storeu_si512(target, _mm512_permutexvar_epi8(pack, gather(t->rows, k, stride, &m)));
+        target += CHUNK / stride * t->d;
+    }
+}
+
 /* ---- which for which table ------------------------------------------------------------------- */
 
 #define EACH_VECTORS(X, D) X(D, 1) X(D, 2) X(D, 4)
@@ -504,6 +562,27 @@ static const row_functions plane_functions[5][3] = {{EACH_VECTORS(PLANE_ENTRY, 1
                                                     {EACH_VECTORS(PLANE_ENTRY, 3)},
                                                     {EACH_VECTORS(PLANE_ENTRY, 4)},
                                                     {EACH_VECTORS(PLANE_ENTRY, 8)}};
+#define BYTES_DECODER(FORM, WHICH) \
+    static void decode_##FORM##_to_bytes_##WHICH(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
+                                                 int8_t *target) \
+    { \
+        decode_##FORM##_to_bytes(t, source, octets, target, WHICH); \
+    }
+BYTES_DECODER(planes, 1)
+BYTES_DECODER(planes, 2)
+BYTES_DECODER(planes, 4)
+BYTES_DECODER(fetched, 4)
+BYTES_DECODER(fetched, 8)
+BYTES_DECODER(fetched, 16)
+#undef BYTES_DECODER
+
+static decode_bytes_fn *bytes_decoder_for(const row_table *t)
+{
+    if (has_planes(t))
+        return t->bits <= 6 ? decode_planes_to_bytes_1 : t->bits == 7 ? decode_planes_to_bytes_2 : decode_planes_to_bytes_4;
+    return t->stride == 4 ? decode_fetched_to_bytes_4 : t->stride == 8 ? decode_fetched_to_bytes_8 : decode_fetched_to_bytes_16;
+}
+
 #undef PLANE_DOT
 #undef PLANE_DECODE
 #undef FETCH_FUNCTIONS
