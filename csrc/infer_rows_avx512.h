@@ -145,17 +145,19 @@ static void split_values(int16_t *x, ptrdiff_t values)
 /* target (span, d), by planes = x (span, d). Both must have room for whole chunks of indices. */
 static void order_by_planes(const int16_t *x, ptrdiff_t span, int d, int16_t *target)
 {
-    const __m512i lanes = _mm512_setr_epi32(0x10000, 0x30002, 0x50004, 0x70006, 0x90008, 0xb000a, 0xd000c, 0xf000e, 0x110010, 0x130012, 0x150014, 0x170016, 0x190018, 0x1b001a, 0x1d001c, 0x1f001e);
+    const __m512i lanes = _mm512_add_epi32(_mm512_mullo_epi32(vi_iota(), _mm512_set1_epi32(0x20002)),
+                                           _mm512_set1_epi32(0x10000)); /* words 0, 1, 2, ... */
     for (ptrdiff_t i = 0; i < span; i += HALF_CHUNK)
         for (int j = 0; j < d; j++) {
             const __m512i from = _mm512_add_epi16(_mm512_mullo_epi16(lanes, _mm512_set1_epi16((int16_t)d)),
                                                   _mm512_set1_epi16((int16_t)j));
             const __m512i vector = _mm512_srli_epi16(from, 5);
             __m512i values = _mm512_setzero_si512();
-            for (int s = 0; s < d; s++)
-                values = _mm512_mask_permutexvar_epi16(
-                    values, _mm512_cmpeq_epi16_mask(vector, _mm512_set1_epi16((int16_t)s)), from,
-                    _mm512_loadu_si512(x + i * d + s * HALF_CHUNK));
+            for (int s = 0; s < d; s++) { /* the last that is not behind it stays */
+                const __mmask32 reached = _mm512_cmpge_epi16_mask(vector, _mm512_set1_epi16((int16_t)s));
+                values = _mm512_mask_permutexvar_epi16(values, reached, from,
+                                                       _mm512_loadu_si512(x + i * d + s * HALF_CHUNK));
+            }
             _mm512_storeu_si512(target + i / CHUNK * CHUNK * d + j * CHUNK + i % CHUNK, values);
         }
 }
@@ -497,12 +499,12 @@ PLLM_INLINE __m512i gather(const int8_t *rows, const uint8_t *k, int stride, con
     if (stride == 4)
         return _mm512_i32gather_epi32(vi_load_u16((const uint16_t *)(const void *)k), rows, 4);
     if (stride == 8)
-        return _mm512_i32gather_epi64(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)k)), rows, 8);
+        return _mm512_i32gather_epi64(_mm256_cvtepu16_epi32(load_16((const int8_t *)k)), rows, 8);
 #endif
     return fetch(rows, k, stride, m);
 }
 
-/* decode_fetched to bytes. */
+/* The same as bytes, by gathers. */
 PLLM_INLINE void decode_fetched_to_bytes(const row_table *t, const uint8_t *source, ptrdiff_t octets,
                                          int8_t *target, int stride)
 {
@@ -579,8 +581,12 @@ BYTES_DECODER(fetched, 16)
 static decode_bytes_fn *bytes_decoder_for(const row_table *t)
 {
     if (has_planes(t))
-        return t->bits <= 6 ? decode_planes_to_bytes_1 : t->bits == 7 ? decode_planes_to_bytes_2 : decode_planes_to_bytes_4;
-    return t->stride == 4 ? decode_fetched_to_bytes_4 : t->stride == 8 ? decode_fetched_to_bytes_8 : decode_fetched_to_bytes_16;
+        return t->bits <= 6   ? decode_planes_to_bytes_1
+               : t->bits == 7 ? decode_planes_to_bytes_2
+                              : decode_planes_to_bytes_4;
+    return t->stride == 4   ? decode_fetched_to_bytes_4
+           : t->stride == 8 ? decode_fetched_to_bytes_8
+                            : decode_fetched_to_bytes_16;
 }
 
 #undef PLANE_DOT

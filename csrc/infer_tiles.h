@@ -119,11 +119,12 @@ static void decode_pair(const view *v, ptrdiff_t first, ptrdiff_t s, int8_t *tar
     }
 }
 
-/* y of TILE_TOKENS tokens and `rows` rows, by finish_product. dot: (PAIR_ROWS, TILE_TOKENS). */
-static void finish_tile(const view *v, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t token, float *dot,
-                        const float *bias, float *y)
+/* y of the rows from `first` and the tokens from `token` on, as finish_product gives it.
+ * dot: (PAIR_ROWS, TILE_TOKENS), overwritten. */
+static void finish_tile(const view *v, ptrdiff_t first, ptrdiff_t token, float *dot, const float *bias, float *y)
 {
-    const ptrdiff_t out = v->w->out_features, tokens = smaller(TILE_TOKENS, v->tokens.tokens - token);
+    const ptrdiff_t out = v->w->out_features, rows = smaller(PAIR_ROWS, out - first);
+    const ptrdiff_t tokens = smaller(TILE_TOKENS, v->tokens.tokens - token);
     const vf x_sum = vf_load(v->x_sum + token);
     for (ptrdiff_t r = first; r < first + rows; r++, dot += TILE_TOKENS) {
         vf here = vf_mul(vf_set1(v->w->scale[r] * v->w->codec->table_scale), vf_load(dot));
@@ -158,7 +159,7 @@ static void multiply_pair(const view *v, ptrdiff_t first, ptrdiff_t begin, ptrdi
         }
     }
     for (ptrdiff_t t = begin; t < end; t += TILE_TOKENS)
-        finish_tile(v, first, smaller(PAIR_ROWS, v->w->out_features - first), t, dot + (t - begin) * PAIR_ROWS, bias, y);
+        finish_tile(v, first, t, dot + (t - begin) * PAIR_ROWS, bias, y);
 }
 
 static int multiply_in_tiles(const view *v, const float *bias, float *y, int threads)
