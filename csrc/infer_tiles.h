@@ -13,7 +13,7 @@ enum {
     TILE_TOKENS = TILE_HEIGHT,   /* a vector of sums */
     PAIR_ROWS = 2 * TILE_HEIGHT, /* of the matrix, multiplied at a time */
     LEAST_BLOCK = 64,            /* tokens per pass over the matrix */
-    BLOCK_BYTES = 1 << 20        /* or as many as these hold: half of a second-level cache */
+    BLOCK_BYTES = 5 << 18        /* or as many as these hold: most of a second-level cache */
 };
 
 /* ---- activations ----------------------------------------------------------------------------- */
@@ -162,11 +162,17 @@ static void multiply_pair(const view *v, ptrdiff_t first, ptrdiff_t begin, ptrdi
         finish_tile(v, first, t, dot + (t - begin) * PAIR_ROWS, bias, y);
 }
 
+/* Tokens per pass over the matrix: whole tiles, in every pass about as many. */
+static ptrdiff_t block_tokens(const view *v)
+{
+    const ptrdiff_t fit = BLOCK_BYTES / (2 * v->spans * v->width), n = v->tokens.width;
+    const ptrdiff_t most = fit < LEAST_BLOCK ? LEAST_BLOCK : fit / TILE_TOKENS * TILE_TOKENS;
+    return round_up(n / ((n + most - 1) / most), TILE_TOKENS);
+}
+
 static int multiply_in_tiles(const view *v, const float *bias, float *y, int threads)
 {
-    const ptrdiff_t out = v->w->out_features, n = v->tokens.width, token_bytes = 2 * v->spans * v->width;
-    const ptrdiff_t fit = BLOCK_BYTES / token_bytes / TILE_TOKENS * TILE_TOKENS;
-    const ptrdiff_t block = smaller(fit < LEAST_BLOCK ? LEAST_BLOCK : fit, n);
+    const ptrdiff_t out = v->w->out_features, n = v->tokens.width, block = block_tokens(v);
     const size_t w_bytes = (size_t)round_up(PAIR_ROWS * v->width + CHUNK, 64);
     const size_t bytes = w_bytes + (size_t)(PAIR_ROWS * block) * sizeof(float);
     char *const memory = pllm_alloc(bytes * (size_t)threads);
