@@ -39,6 +39,7 @@ ISA_FLAGS = {
     ],
     "neon": ["-DPLLM_ISA_NEON"],
 }
+ISA_FLAGS["amx"] = ISA_FLAGS["avx512"]
 
 
 class Codebook(NamedTuple):

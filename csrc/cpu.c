@@ -1,4 +1,5 @@
 /* cpu.c - which instruction sets this machine runs, and which one is in use. */
+#define _DEFAULT_SOURCE /* syscall */
 #include <string.h>
 
 #include "pllm.h"
@@ -7,12 +8,17 @@ extern const pllm_kernels pllm_table_scalar;
 #if defined(__x86_64__)
 extern const pllm_kernels pllm_table_avx2;
 extern const pllm_kernels pllm_table_avx512;
+extern const pllm_kernels pllm_table_amx;
 #elif defined(__aarch64__)
 extern const pllm_kernels pllm_table_neon;
 #endif
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__) && !defined(PLLM_SIMDE)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 /* What the operating system saves on a task switch (XCR0); 0 when it does not say. */
 static unsigned saved_registers(void)
@@ -51,6 +57,25 @@ static int has_avx512(void)
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & need_b) == need_b && (c & need_c) == need_c;
 #endif
 }
+
+/* AVX-512, and tiles with products of bytes. Linux lets those use tiles who ask for it. */
+static int has_amx(void)
+{
+#if defined(PLLM_SIMDE)
+    return 1;
+#elif defined(__linux__)
+    const unsigned tiles = 0x60000, need_d = 1u << 24 | 1u << 25;
+    const long ask_for = 0x1023, tile_data = 18;
+    unsigned a, b, c, d;
+    if (!has_avx512() || (saved_registers() & tiles) != tiles)
+        return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & need_d) != need_d)
+        return 0;
+    return syscall(SYS_arch_prctl, ask_for, tile_data) == 0;
+#else
+    return 0;
+#endif
+}
 #endif
 
 static int always(void) { return 1; }
@@ -63,6 +88,7 @@ static const struct {
 #if defined(__x86_64__)
     {&pllm_table_avx2, has_avx2},
     {&pllm_table_avx512, has_avx512},
+    {&pllm_table_amx, has_amx},
 #elif defined(__aarch64__)
     {&pllm_table_neon, always},
 #endif

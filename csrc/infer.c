@@ -295,14 +295,28 @@ static int multiply_many(const pllm_matrix *w, const float *x, ptrdiff_t n, cons
     return PLLM_OK;
 }
 
-int PLLM_SYM(pllm_matmul)(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias,
-                          float *y, enum pllm_activations activations, int threads)
+static int multiply(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias, float *y,
+                    enum pllm_activations activations, int in_tiles, int threads)
 {
     if (n == 0 || w->out_features == 0)
         return PLLM_OK;
     if (activations == PLLM_ACTIVATIONS_INTEGER && w->codec->table_is_int8 && !w->codec->decoder)
-        return PLLM_SYM(infer_multiply_integer)(w, x, n, bias, y, threads);
+        return PLLM_SYM(infer_multiply_integer)(w, x, n, bias, y, in_tiles, threads);
     if (n <= DOT_TOKENS)
         return multiply_few(w, x, (int)n, bias, y, threads);
     return multiply_many(w, x, n, bias, y, threads);
 }
+
+int PLLM_SYM(pllm_matmul)(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias,
+                          float *y, enum pllm_activations activations, int threads)
+{
+    return multiply(w, x, n, bias, y, activations, 0, threads);
+}
+
+#if defined(PLLM_ISA_AVX512)
+int pllm_matmul_amx(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias, float *y,
+                    enum pllm_activations activations, int threads)
+{
+    return multiply(w, x, n, bias, y, activations, 1, threads);
+}
+#endif

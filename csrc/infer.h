@@ -29,8 +29,9 @@ static inline void sum_tokens(const pllm_matrix *w, const float *x, ptrdiff_t n,
     }
 }
 
-/* The product with activations as integers (infer_int.c). The table must be int8 and without decoder. */
+/* The product with activations as integers (infer_int.c). The table must be int8 and without decoder.
+ * in_tiles: whether the tile registers of AMX may be used, where the instruction set knows them. */
 int PLLM_SYM(infer_multiply_integer)(const pllm_matrix *w, const float *x, ptrdiff_t n,
-                                     const float *bias, float *y, int threads);
+                                     const float *bias, float *y, int in_tiles, int threads);
 
 #endif

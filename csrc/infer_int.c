@@ -29,33 +29,39 @@ typedef struct {
     row_table table;
     row_functions functions;
     panels tokens;
+    int in_tiles;               /* several tokens: multiplied in tile registers, see infer_tiles.h */
     ptrdiff_t count;            /* indices of a row, those of the joined table */
     ptrdiff_t row_stride_bytes; /* of the payload */
     ptrdiff_t tail;             /* the first of the rows that end too near the payload's end */
     uint8_t *tail_rows;         /* those rows once more, with OCTET_BYTES behind them */
     ptrdiff_t span;             /* indices of a span, a multiple of 8 */
-    ptrdiff_t width;            /* values of a span as laid out for the products */
+    ptrdiff_t width;            /* values of a span as laid out for the products; whole tiles in_tiles */
     ptrdiff_t spans;            /* of a row */
     int16_t *x;                 /* few tokens: (tokens, spans, width); else panels, each (spans, width / 2,
-                                 * tokens, 2), see put_token; zeros where no column stands */
-    float *x_scale;             /* few tokens: (tokens, spans); else panels, each (spans, tokens) */
+                                 * tokens, 2), see put_token; zeros where no column stands. In tiles: bytes, for
+                                 * each span and TILE_TOKENS of the tokens as put_tile_token has them */
+    float *x_scale;             /* few tokens: (tokens, spans); else panels, each (spans, tokens); in tiles:
+                                 * (spans, tokens) */
     float *x_sum;               /* (tokens) */
 } view;
 
-static int is_few(ptrdiff_t tokens) { return tokens <= FEW_TOKENS; }
+static int is_few(const view *v) { return v->tokens.tokens <= FEW_TOKENS && !v->in_tiles; }
 
-static view view_of(const pllm_matrix *w, ptrdiff_t tokens)
+static view view_of(const pllm_matrix *w, ptrdiff_t tokens, int in_tiles)
 {
     const pllm_codec *c = w->codec;
     const ptrdiff_t count = (w->in_features + c->d - 1) / c->d;
-    view v = {.w = w, .table = plan_rows(c, w->out_features * count, tokens)};
+    view v = {.w = w, .table = plan_rows(c, w->out_features * count, tokens, in_tiles)};
     v.functions = functions_for(&v.table);
-    v.tokens = is_few(tokens) ? (panels){tokens, 1, tokens} : panels_for(tokens);
+    v.tokens = panels_for(tokens);
+    v.in_tiles = in_tiles && !v.table.one_by_one;
+    if (is_few(&v))
+        v.tokens = (panels){tokens, 1, tokens};
     v.count = ((count - 1) >> v.table.pairing) + 1;
     v.row_stride_bytes = pllm_row_stride_bytes(count, c->index_bits);
     v.tail = w->out_features - smaller(w->out_features, OCTET_BYTES / v.row_stride_bytes + 1);
     v.span = smaller(SPAN_VALUES / v.table.d / OCTET * OCTET, round_up(v.count, OCTET));
-    v.width = span_width(&v.table, v.span);
+    v.width = round_up(span_width(&v.table, v.span), v.in_tiles ? 64 : 1);
     v.spans = (v.count + v.span - 1) / v.span;
     return v;
 }
@@ -259,7 +265,7 @@ static int multiply_several(const view *v, const float *bias, float *y, int thre
 {
     const panels *p = &v->tokens;
     const ptrdiff_t out = v->w->out_features, block = smaller(p->count, TOKEN_BLOCK / WIDE);
-    const ptrdiff_t height = is_few(p->tokens) ? TILE_ROWS_FEW : p->count == 1 ? 2 * MICRO_ROWS : TILE_ROWS;
+    const ptrdiff_t height = is_few(v) ? TILE_ROWS_FEW : p->count == 1 ? 2 * MICRO_ROWS : TILE_ROWS;
     const size_t tile_bytes = (size_t)round_up(height * v->width + TARGET_SLACK, 32) * sizeof(int16_t);
     const size_t dot_bytes = (size_t)round_up(height * block * WIDE * (ptrdiff_t)sizeof(float), 64);
     char *const memory = pllm_alloc((tile_bytes + dot_bytes) * (size_t)threads);
@@ -272,7 +278,7 @@ static int multiply_several(const view *v, const float *bias, float *y, int thre
         int16_t *const tile = (int16_t *)(void *)mine;
         float *const dot = (float *)(void *)(mine + tile_bytes);
         const ptrdiff_t rows = smaller(height, out - first);
-        if (is_few(p->tokens))
+        if (is_few(v))
             multiply_tile_few(v, first, rows, bias, tile, dot, y);
         else
             for (ptrdiff_t begin = 0; begin < p->count; begin += block)
@@ -281,6 +287,10 @@ static int multiply_several(const view *v, const float *bias, float *y, int thre
     free(memory);
     return PLLM_OK;
 }
+
+#if defined(PLLM_ISA_AVX512)
+#include "infer_tiles.h"
+#endif
 
 /* ---- the whole ------------------------------------------------------------------------------- */
 
@@ -305,9 +315,9 @@ static size_t place(view *v, char *memory)
 }
 
 int PLLM_SYM(infer_multiply_integer)(const pllm_matrix *w, const float *x, ptrdiff_t n,
-                                     const float *bias, float *y, int threads)
+                                     const float *bias, float *y, int in_tiles, int threads)
 {
-    view v = view_of(w, n);
+    view v = view_of(w, n, in_tiles);
     const ptrdiff_t work = w->out_features * v.count * (1 + v.table.d * n / 32);
     const int used = (int)smaller(threads, 1 + work / WORK_PER_THREAD);
     char *const memory = pllm_alloc(place(&v, NULL));
@@ -317,8 +327,12 @@ int PLLM_SYM(infer_multiply_integer)(const pllm_matrix *w, const float *x, ptrdi
     place(&v, memory);
     memset(v.x_sum, 0, (size_t)v.tokens.width * sizeof *v.x_sum);
     sum_tokens(w, x, n, v.x_sum);
-    if (is_few(n))
+    if (is_few(&v))
         quantise_few(&v, x);
+#if defined(PLLM_ISA_AVX512)
+    else if (v.in_tiles)
+        quantise_in_tiles(&v, x, used);
+#endif
     else {
 #pragma omp parallel for num_threads(used) schedule(static) if (used > 1)
         for (ptrdiff_t i = 0; i < v.tokens.count; i++)
@@ -326,6 +340,10 @@ int PLLM_SYM(infer_multiply_integer)(const pllm_matrix *w, const float *x, ptrdi
     }
     if (v.table.one_by_one)
         multiply_one_by_one(&v, bias, y, used);
+#if defined(PLLM_ISA_AVX512)
+    else if (v.in_tiles)
+        status = multiply_in_tiles(&v, bias, y, used);
+#endif
     else
         status = multiply_several(&v, bias, y, used);
     free(memory);

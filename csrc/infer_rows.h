@@ -94,6 +94,9 @@ typedef struct row_table row_table;
  * by up to TARGET_SLACK values without meaning. Reads up to OCTET_BYTES from the start of each octet. */
 typedef void decode_fn(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target);
 
+/* The same as bytes, with as many behind them. */
+typedef void decode_bytes_fn(const row_table *t, const uint8_t *source, ptrdiff_t octets, int8_t *target);
+
 /* dot (count rounded up to DOT_TOGETHER) = the products of `count` rows of the matrix, `stride` bytes apart, with the
  * token. */
 typedef void dot_fn(const row_table *t, const uint8_t *rows, ptrdiff_t stride, ptrdiff_t count,
@@ -117,7 +120,8 @@ static void copy_row(const pllm_codec *c, int pairing, int row, int8_t *target)
 }
 
 /* What each of the two includes has: struct row_table, and for it
- *   plan_rows(codec, indices, tokens)     which form a table takes; d, bits, pairing and one_by_one (whether
+ *   plan_rows(codec, indices, tokens, in_tiles)
+ *                                         which form a table takes; d, bits, pairing and one_by_one (whether
  *                                         each token is multiplied by itself, by dot) are set
  *   row_table_bytes, make_rows            the table itself, laid out
  *   span_width(table, span)               values of a span as laid out for the products

@@ -92,7 +92,7 @@ static void plan_order(row_table *t)
         }
 }
 
-static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tokens)
+static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tokens, int in_tiles)
 {
     row_table t = {.d = c->d, .bits = c->index_bits, .symmetric = is_symmetric(c)};
     const int smallest = is_looked_up(t.d, t.bits, t.symmetric) ? smallest_of(c) : -128;
@@ -107,6 +107,7 @@ static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tok
 #else
     (void)tokens;
 #endif
+    (void)in_tiles;
     t.stride = t.one_by_one ? row_size(t.d) : t.d; /* rows are fetched and multiplied in whole vectors */
     t.wide = t.stride << t.bits <= WIDE_VALUES;
     if (t.looked_up)

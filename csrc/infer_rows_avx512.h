@@ -33,7 +33,7 @@ struct row_table {
     int d, bits;
     int pairing; /* an index of this table is 2^pairing indices of the codec, side by side */
     int stride;  /* bytes from row to row, a power of two; 0 for planes */
-    int one_by_one; /* one token: its activations are split into bytes */
+    int one_by_one; /* each token by itself: activations are bytes, or are split into bytes */
     int bytes;      /* planes and one_by_one: its activations are bytes, and the planes hold w + 128 */
     int symmetric;  /* bytes: the d highest bits of an index are the signs of its row's values, see make_signed_planes */
     /* For cutting out indices: the bytes that each eight of a vector take, or each lane, and how far their bits are
@@ -72,9 +72,9 @@ static void plan_lanes(row_table *t)
 }
 
 /* Spans of 1, 2, 3, 4 and 8 values a row are whole chunks of indices, or nearly: d = 3 wastes an eighth. */
-static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tokens)
+static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tokens, int in_tiles)
 {
-    row_table t = {.d = c->d, .bits = c->index_bits, .one_by_one = tokens == 1};
+    row_table t = {.d = c->d, .bits = c->index_bits};
     if (t.bits > PLANE_BITS || (t.d > 4 && t.d != PLANE_ROWS))
         t.stride = t.d <= 4 ? 4 : t.d <= 8 ? 8 : 16;
     else
@@ -84,8 +84,11 @@ static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tok
             t.bits *= 2;
             t.pairing++;
         }
-    t.bytes = has_planes(&t) && t.one_by_one && has_byte_activations(c);
-    t.symmetric = t.bytes && t.d == 4 && t.bits > 6 && is_symmetric(c);
+    const int bytes = has_planes(&t) && has_byte_activations(c);
+    const int symmetric = bytes && t.d == 4 && t.bits > 6 && is_symmetric(c);
+    t.one_by_one = tokens <= (in_tiles ? 1 : symmetric ? 6 : bytes ? 3 : 2); /* measured */
+    t.bytes = t.one_by_one && bytes;
+    t.symmetric = t.one_by_one && symmetric;
     if (has_planes(&t))
         plan_cut(&t);
     else
@@ -259,23 +262,41 @@ static void arrange_bytes(const row_table *t, ptrdiff_t span, const quantised_sp
     store_excess(target, _mm512_slli_epi32(excess, 7)); /* at most 512 * 2^15 * 2^7 */
 }
 
+/* target (span, d), by planes = x (span, d). Both must have room for whole chunks of indices. */
+static void order_by_planes(const int16_t *x, ptrdiff_t span, int d, int16_t *target)
+{
+    const __m512i lanes = _mm512_add_epi32(_mm512_mullo_epi32(vi_iota(), _mm512_set1_epi32(0x20002)),
+                                           _mm512_set1_epi32(0x10000)); /* words 0, 1, 2, ... */
+    for (ptrdiff_t i = 0; i < span; i += HALF_CHUNK)
+        for (int j = 0; j < d; j++) {
+            const __m512i from = _mm512_add_epi16(_mm512_mullo_epi16(lanes, _mm512_set1_epi16((int16_t)d)),
+                                                  _mm512_set1_epi16((int16_t)j));
+            const __m512i vector = _mm512_srli_epi16(from, 5);
+            __m512i values = _mm512_setzero_si512();
+            for (int s = 0; s < d; s++) { /* the last that is not behind it stays */
+                const __mmask32 reached = _mm512_cmpge_epi16_mask(vector, _mm512_set1_epi16((int16_t)s));
+                values = _mm512_mask_permutexvar_epi16(values, reached, from,
+                                                       _mm512_loadu_si512(x + i * d + s * HALF_CHUNK));
+            }
+            _mm512_storeu_si512(target + i / CHUNK * CHUNK * d + j * CHUNK + i % CHUNK, values);
+        }
+}
+
 /* target (span_width) = the activations of a span, in the order in which the products meet it: by planes of each 64
  * indices, or with rows as far apart as the table's. */
 static void arrange(const row_table *t, ptrdiff_t span, const quantised_span *q, int16_t *target)
 {
-    int16_t x[SPAN_VALUES];
+    int16_t x[LAID_OUT];
+    memset(x + SPAN_VALUES, 0, sizeof x - SPAN_VALUES * sizeof *x);
     const ptrdiff_t width = span_width(t, span), d = t->d;
     if (t->bytes) {
         arrange_bytes(t, span, q, target);
         return;
     }
-    join_multipliers(q, span * d, x);
+    join_multipliers(q, SPAN_VALUES, x);
     memset(target, 0, (size_t)width * sizeof *target);
     if (has_planes(t))
-        for (ptrdiff_t i = 0; i < span; i += CHUNK)
-            for (ptrdiff_t j = 0; j < d; j++)
-                for (ptrdiff_t k = i; k < smaller(i + CHUNK, span); k++)
-                    target[i * d + j * CHUNK + k - i] = x[k * d + j];
+        order_by_planes(x, span, t->d, target);
     else if (t->one_by_one)
         for (ptrdiff_t i = 0; i < span; i++)
             memcpy(target + i * t->stride, x + i * d, (size_t)d * sizeof *x);
@@ -445,18 +466,27 @@ PLLM_INLINE void store_widened(int16_t *target, __m512i bytes)
     _mm512_storeu_si512(target + HALF_CHUNK, _mm512_cvtepi8_epi16(upper));
 }
 
-/* target: by planes, as the activations are. */
-PLLM_INLINE void decode_planes(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target,
-                               int vectors)
+/* target[at ..] = 64 values, as int16 when `wide`, else as bytes. */
+PLLM_INLINE void put_values(void *target, ptrdiff_t at, __m512i values, int wide)
 {
-    for (; octets > 0; octets -= 8, source += 8 * t->bits) {
+    if (wide)
+        store_widened((int16_t *)target + at, values);
+    else
+        _mm512_storeu_si512((int8_t *)target + at, values);
+}
+
+/* target: by planes, as the activations are. */
+PLLM_INLINE void decode_planes(const row_table *t, const uint8_t *source, ptrdiff_t octets, void *target,
+                               int vectors, int wide)
+{
+    for (ptrdiff_t to = 0; octets > 0; octets -= 8, source += 8 * t->bits) {
         const index_chunk k = next_chunk(t, source, vectors);
         const int8_t *at = t->rows;
-        for (int j = 0; j < t->d; j++, target += CHUNK) {
+        for (int j = 0; j < t->d; j++, to += CHUNK) {
             __m512i plane[4];
             for (int i = 0; i < vectors; i++, at += CHUNK)
                 plane[i] = load_64(at);
-            store_widened(target, look_up(plane, &k, vectors));
+            put_values(target, to, look_up(plane, &k, vectors), wide);
         }
     }
 }
@@ -515,16 +545,16 @@ PLLM_INLINE void dot_span_gathered(const row_table *t, const uint8_t *const *sou
 }
 
 /* target: row after row, without what fills them up to the table's stride. */
-PLLM_INLINE void decode_gathered(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target,
-                                 int stride)
+PLLM_INLINE void decode_gathered(const row_table *t, const uint8_t *source, ptrdiff_t octets, void *target,
+                                 int stride, int wide)
 {
     const __m512i pack = load_64(t->pack);
-    const ptrdiff_t step = gathered_octets(stride);
-    for (; octets > 0; octets -= step, source += step * t->bits) {
+    const ptrdiff_t step = gathered_octets(stride), length = CHUNK / stride * t->d;
+    for (ptrdiff_t to = 0; octets > 0; octets -= step, source += step * t->bits) {
         __m512i values[2];
         gather(t, source, stride, values);
-        for (int i = 0; i < gathered_vectors(stride); i++, target += CHUNK / stride * t->d)
-            store_widened(target, _mm512_permutexvar_epi8(pack, values[i]));
+        for (int i = 0; i < gathered_vectors(stride); i++, to += length)
+            put_values(target, to, _mm512_permutexvar_epi8(pack, values[i]), wide);
     }
 }
 
@@ -593,25 +623,24 @@ DOT_FUNCTION(GATHER, 0, 4)
 DOT_FUNCTION(GATHER, 0, 8)
 DOT_FUNCTION(GATHER, 0, 16)
 
-#define PLANE_DECODE(VECTORS) \
-    static void decode_planes_##VECTORS(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
-                                        int16_t *target) \
+/* FORM: planes or gathered; SIZE: as of dot_rows. */
+#define DECODE_FUNCTIONS(FORM, SIZE) \
+    static void decode_##FORM##_##SIZE(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
+                                       int16_t *target) \
     { \
-        decode_planes(t, source, octets, target, VECTORS); \
-    }
-PLANE_DECODE(1)
-PLANE_DECODE(2)
-PLANE_DECODE(4)
-
-#define GATHER_DECODE(STRIDE) \
-    static void decode_gathered_##STRIDE(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
-                                         int16_t *target) \
+        decode_##FORM(t, source, octets, target, SIZE, 1); \
+    } \
+    static void decode_##FORM##_to_bytes_##SIZE(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
+                                                int8_t *target) \
     { \
-        decode_gathered(t, source, octets, target, STRIDE); \
+        decode_##FORM(t, source, octets, target, SIZE, 0); \
     }
-GATHER_DECODE(4)
-GATHER_DECODE(8)
-GATHER_DECODE(16)
+DECODE_FUNCTIONS(planes, 1)
+DECODE_FUNCTIONS(planes, 2)
+DECODE_FUNCTIONS(planes, 4)
+DECODE_FUNCTIONS(gathered, 4)
+DECODE_FUNCTIONS(gathered, 8)
+DECODE_FUNCTIONS(gathered, 16)
 
 #define PLANE_ENTRY(FORM, D, VECTORS) {decode_planes_##VECTORS, dot_##FORM##_##D##_##VECTORS},
 static const row_functions plane_functions[6][3] = {{EACH_VECTORS(PLANE_ENTRY, BYTES, 1)},
@@ -621,9 +650,19 @@ static const row_functions plane_functions[6][3] = {{EACH_VECTORS(PLANE_ENTRY, B
                                                     {EACH_VECTORS(PLANE_ENTRY, SPLIT, 8)},
                                                     {PLANE_ENTRY(BYTES, 8, 1)}};
 #undef DOT_FUNCTION
-#undef PLANE_DECODE
-#undef GATHER_DECODE
+#undef DECODE_FUNCTIONS
 #undef PLANE_ENTRY
+
+static decode_bytes_fn *bytes_decoder_for(const row_table *t)
+{
+    if (has_planes(t))
+        return t->bits <= 6   ? decode_planes_to_bytes_1
+               : t->bits == 7 ? decode_planes_to_bytes_2
+                              : decode_planes_to_bytes_4;
+    return t->stride == 4   ? decode_gathered_to_bytes_4
+           : t->stride == 8 ? decode_gathered_to_bytes_8
+                            : decode_gathered_to_bytes_16;
+}
 
 static row_functions functions_for(const row_table *t)
 {

@@ -8,5 +8,11 @@ const pllm_kernels PLLM_SYM(pllm_table) = {
     .lanes = VF_WIDTH,
 #define PLLM_ENTRY(name) .name = PLLM_SYM(pllm_##name),
     PLLM_ALL_KERNELS(PLLM_ENTRY)
-#undef PLLM_ENTRY
 };
+
+#if defined(PLLM_ISA_AVX512)
+/* AMX: the same, but for this. */
+#define pllm_matmul_avx512 pllm_matmul_amx
+extern const pllm_kernels pllm_table_amx;
+const pllm_kernels pllm_table_amx = {.isa = "amx", .lanes = VF_WIDTH, PLLM_ALL_KERNELS(PLLM_ENTRY)};
+#endif

@@ -29,6 +29,9 @@
 #define PLLM_DECLARE(name) pllm_##name##_fn PLLM_SYM(pllm_##name);
 PLLM_ALL_KERNELS(PLLM_DECLARE)
 #undef PLLM_DECLARE
+#if defined(PLLM_ISA_AVX512)
+pllm_matmul_fn pllm_matmul_amx;
+#endif
 
 /* Full unrolling of the loop that follows; its trip count is a compile-time constant. Not in portable
  * C, where it brings nothing, nor in instrumented builds (PLLM_NO_UNROLL), where it takes minutes. */

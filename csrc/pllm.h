@@ -352,7 +352,7 @@ typedef int pllm_encode_feedback_fn(const float *x, ptrdiff_t rows, ptrdiff_t co
 
 /* All kernels of one instruction set. */
 typedef struct {
-    const char *isa; /* "scalar", "avx2", "avx512" or "neon" */
+    const char *isa; /* "scalar", "avx2", "avx512", "amx" or "neon" */
     int lanes;       /* floats per vector */
 #define PLLM_MEMBER(name) pllm_##name##_fn *name;
     PLLM_ALL_KERNELS(PLLM_MEMBER)

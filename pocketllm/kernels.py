@@ -34,7 +34,7 @@ def _threads() -> int:
 
 
 def isa() -> str:
-    """Name of the instruction set in use: ``scalar``, ``avx2``, ``avx512`` or ``neon``."""
+    """Name of the instruction set in use: ``scalar``, ``avx2``, ``avx512``, ``amx`` or ``neon``."""
     return _kernels.isa()
 
 

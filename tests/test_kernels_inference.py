@@ -422,3 +422,20 @@ def test_decoder_codec_needs_its_parameters() -> None:
     matrix.codec = matrix.codec._replace(decoder=decoder, norm="batch")
     with pytest.raises(ValueError, match="codec.norm: got 'batch'"):
         matrix.product(matrix.tokens(1))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_takes_turns_with_torch_in_bfloat16(isa: str, threads: int) -> None:
+    """Both use tile registers where there are some, in the same threads."""
+    torch = pytest.importorskip("torch")
+    matrix, before = Matrix((300, 260), CODECS[0]), torch.get_num_threads()
+    x, weight = torch.randn(40, 260).bfloat16(), torch.randn(300, 260).bfloat16()
+    want = x.double() @ weight.double().T
+    torch.set_num_threads(threads)
+    products = set()
+    for _ in range(3):
+        dense = torch.nn.functional.linear(x, weight)
+        torch.testing.assert_close(dense.double(), want, rtol=2e-2, atol=0.5)
+        products.add(matrix.product(matrix.tokens(40), "integer").tobytes())
+    torch.set_num_threads(before)
+    assert len(products) == 1

@@ -308,6 +308,21 @@ static void check_forms(const pllm_kernels *k)
     check_extremes(k, 16, 10, 3);
 }
 
+/* Rows and tokens that fill tiles and panels or do not, and more tokens than one pass over the matrix takes. */
+static void check_blocks(const pllm_kernels *k)
+{
+    static const int cases[][5] = {{64, 1031, 4, 8, 32},  {33, 600, 2, 6, 17}, {31, 513, 1, 3, 16},
+                                   {80, 1500, 4, 12, 33}, {47, 700, 3, 9, 48}, {70, 90, 8, 13, 130},
+                                   {3, 8300, 4, 8, 70},   {50, 520, 5, 11, 2}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const int *const c = cases[i];
+        fixture f;
+        fill_fixture(&f, k, (infer_case){c[0], c[1], c[2], 1 << c[3], c[3], 1, DENSE, c[4]}, i % 2 == 0);
+        check_matmul(k, &f, PLLM_ACTIVATIONS_INTEGER);
+        free_fixture(&f);
+    }
+}
+
 /* Any bytes are a payload: indices behind the table are read as its last row. */
 static void check_damaged(const pllm_kernels *k)
 {
@@ -396,6 +411,7 @@ void test_infer(const pllm_kernels *k)
         for (int i = bits; i < bits + 9; i += 4)
             check_case(k, (infer_case){6, 700, filled_up[i % 9], (1 << bits) - bits % 2, bits, 1, DENSE, 1});
     check_forms(k);
+    check_blocks(k);
     check_tokens_apart(k, 4, 8, 3);
     check_tokens_apart(k, 2, 6, 6);
     check_tokens_apart(k, 3, 5, 23);
