@@ -127,6 +127,7 @@ static void copy_row(const pllm_codec *c, int pairing, int row, int8_t *target)
  *   span_width(table, span)               values of a span as laid out for the products
  *   arrange(table, span, q, target)       lays it out
  *   functions_for(table)                  how it is read
+ *   bytes_decoder_for(table)              how it is read into bytes; on AVX-512, for tiles
  *   DOT_TOGETHER                          rows of the matrix that dot takes at a time
  *   OCTET_BYTES                           what reading an octet may touch from its first byte on
  *   TARGET_SLACK                          values behind a decoded span that may be written */
