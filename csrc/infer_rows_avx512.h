@@ -23,6 +23,7 @@ enum {
     PAIRED_BITS = 6,   /* indices of pairs: one permutation looks them up */
     GATHERED = 16,     /* lanes whose indices are cut out together */
     SPANS_TOGETHER = 8, /* of a row, before those of the next */
+    CUTS_TOGETHER = 4,   /* where rows are decoded */
     GATHERED_ROWS = 2,   /* of the matrix, multiplied side by side: loads are what limits gathers */
     AHEAD = 2048         /* bytes between what is read of the payload and what is asked for, or more */
 };
@@ -86,7 +87,7 @@ static row_table plan_rows(const pllm_codec *c, ptrdiff_t indices, ptrdiff_t tok
         }
     const int bytes = has_planes(&t) && has_byte_activations(c);
     const int symmetric = bytes && t.d == 4 && t.bits > 6 && is_symmetric(c);
-    t.one_by_one = tokens <= (in_tiles ? 1 : symmetric ? 6 : bytes ? 3 : 2); /* measured */
+    t.one_by_one = tokens <= (symmetric && !in_tiles ? 6 : bytes && !in_tiles ? 3 : 2); /* measured */
     t.bytes = t.one_by_one && bytes;
     t.symmetric = t.one_by_one && symmetric;
     if (has_planes(&t))
@@ -544,18 +545,34 @@ PLLM_INLINE void dot_span_gathered(const row_table *t, const uint8_t *const *sou
         products[r] = sum_of_bytes(s + r);
 }
 
+/* The rows of `cuts` cuts, from target[to] on. All are gathered before any is stored: a gather waits for the stores
+ * before it. */
+PLLM_INLINE void decode_cuts(const row_table *t, const uint8_t *source, int cuts, void *target, ptrdiff_t to,
+                             int stride, int wide)
+{
+    const __m512i pack = load_64(t->pack);
+    const int vectors = gathered_vectors(stride), length = CHUNK / stride * t->d;
+    __m512i values[2 * CUTS_TOGETHER];
+    PLLM_UNROLL
+    for (int i = 0; i < cuts; i++)
+        gather(t, source + i * gathered_octets(stride) * t->bits, stride, values + i * vectors);
+    PLLM_UNROLL
+    for (int i = 0; i < cuts * vectors; i++)
+        put_values(target, to + i * length, _mm512_permutexvar_epi8(pack, values[i]), wide);
+}
+
 /* target: row after row, without what fills them up to the table's stride. */
 PLLM_INLINE void decode_gathered(const row_table *t, const uint8_t *source, ptrdiff_t octets, void *target,
                                  int stride, int wide)
 {
-    const __m512i pack = load_64(t->pack);
-    const ptrdiff_t step = gathered_octets(stride), length = CHUNK / stride * t->d;
-    for (ptrdiff_t to = 0; octets > 0; octets -= step, source += step * t->bits) {
-        __m512i values[2];
-        gather(t, source, stride, values);
-        for (int i = 0; i < gathered_vectors(stride); i++, to += length)
-            put_values(target, to, _mm512_permutexvar_epi8(pack, values[i]), wide);
+    const ptrdiff_t step = gathered_octets(stride), length = gathered_vectors(stride) * (CHUNK / stride) * t->d;
+    ptrdiff_t to = 0;
+    for (; octets >= CUTS_TOGETHER * step; octets -= CUTS_TOGETHER * step, to += CUTS_TOGETHER * length) {
+        decode_cuts(t, source, CUTS_TOGETHER, target, to, stride, wide);
+        source += CUTS_TOGETHER * step * t->bits;
     }
+    for (; octets > 0; octets -= step, source += step * t->bits, to += length)
+        decode_cuts(t, source, 1, target, to, stride, wide);
 }
 
 /* ---- all rows -------------------------------------------------------------------------------- */

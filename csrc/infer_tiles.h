@@ -12,8 +12,10 @@ enum {
     STEP = TILE_ROW_BYTES,       /* values of a row in a tile */
     TILE_TOKENS = TILE_HEIGHT,   /* a vector of sums */
     PAIR_ROWS = 2 * TILE_HEIGHT, /* of the matrix, multiplied at a time */
-    LEAST_BLOCK = 64,            /* tokens per pass over the matrix */
-    BLOCK_BYTES = 5 << 18        /* or as many as these hold: most of a second-level cache */
+    LEAST_BLOCK = 32,            /* tokens that are held while rows pass by */
+    BLOCK_BYTES = 5 << 18,       /* or as many as these hold, of a second-level cache of 2 MB */
+    SMALL_BLOCK_BYTES = 1 << 19, /* beside rows that are held for all tokens */
+    ROWS_BYTES = 1 << 20         /* as many of those as these hold */
 };
 
 /* ---- activations ----------------------------------------------------------------------------- */
@@ -143,51 +145,89 @@ static void finish_tile(const view *v, ptrdiff_t first, ptrdiff_t token, float *
     }
 }
 
-/* y of the rows from `first` on and the tokens begin..end, multiples of TILE_TOKENS.
- * w: (PAIR_ROWS, width), and a vector behind it.  dot: (tokens / TILE_TOKENS, PAIR_ROWS, TILE_TOKENS). */
-static void multiply_pair(const view *v, ptrdiff_t first, ptrdiff_t begin, ptrdiff_t end, const float *bias, int8_t *w,
-                          float *dot, float *y)
+/* How a matrix is worked off. Rows that are looked up are decoded span by span, once more for every block of tokens;
+ * those that are gathered, which takes longer, once, whole, and many before the next block of tokens comes. */
+typedef struct {
+    int held;               /* whether decoded rows are kept for all tokens */
+    ptrdiff_t rows, tokens; /* of a block: whole pairs, whole tiles */
+    ptrdiff_t pass;         /* tokens for which the matrix is decoded */
+    ptrdiff_t pair_bytes;   /* of PAIR_ROWS decoded rows, or a span of them */
+} tile_blocks;
+
+static tile_blocks blocks_of(const view *v, int threads)
+{
+    const ptrdiff_t n = v->tokens.width, row_bytes = v->spans * v->width, token_bytes = 2 * row_bytes;
+    tile_blocks b = {!has_planes(&v->table), PAIR_ROWS, n, n, PAIR_ROWS * v->width};
+    const int several = n * token_bytes > BLOCK_BYTES;
+    const ptrdiff_t fit = (b.held ? SMALL_BLOCK_BYTES : BLOCK_BYTES) / token_bytes;
+    const ptrdiff_t most = fit < LEAST_BLOCK ? LEAST_BLOCK : fit / TILE_TOKENS * TILE_TOKENS;
+    if (several) /* about as many tokens in each */
+        b.tokens = round_up(n / ((n + most - 1) / most), TILE_TOKENS);
+    if (b.held) {
+        const ptrdiff_t rows = several ? smaller(ROWS_BYTES / row_bytes, v->w->out_features / (4 * threads)) : 0;
+        b.rows = rows < PAIR_ROWS ? PAIR_ROWS : rows / PAIR_ROWS * PAIR_ROWS;
+        b.pair_bytes *= v->spans;
+    } else
+        b.pass = b.tokens;
+    return b;
+}
+
+/* y of PAIR_ROWS rows from `first` on and the tokens begin..end, multiples of TILE_TOKENS.
+ * w: the rows decoded, (spans, PAIR_ROWS, width), when `held`; else one span of them, overwritten.
+ * dot: (tokens / TILE_TOKENS, PAIR_ROWS, TILE_TOKENS), overwritten. */
+static void multiply_pair(const view *v, ptrdiff_t first, int held, int8_t *w, ptrdiff_t begin, ptrdiff_t end,
+                          const float *bias, float *dot, float *y)
 {
     tile_sums sums;
     memset(dot, 0, (size_t)((end - begin) * PAIR_ROWS) * sizeof *dot);
     for (ptrdiff_t s = 0; s < v->spans; s++) {
-        decode_pair(v, first, s, w);
+        if (!held)
+            decode_pair(v, first, s, w);
         for (ptrdiff_t t = begin; t < end; t += TILE_TOKENS) {
             const ptrdiff_t at = s * v->tokens.width + t;
             multiply_tiles(w, v->width, (const uint8_t *)(v->x + at * v->width), &sums);
             add_sums(&sums, v->x_scale + at, dot + (t - begin) * PAIR_ROWS);
         }
+        w += held ? PAIR_ROWS * v->width : 0;
     }
     for (ptrdiff_t t = begin; t < end; t += TILE_TOKENS)
         finish_tile(v, first, t, dot + (t - begin) * PAIR_ROWS, bias, y);
 }
 
-/* Tokens per pass over the matrix: whole tiles, in every pass about as many. */
-static ptrdiff_t block_tokens(const view *v)
+/* y of a block of rows from `first` on, and of a pass of tokens from `begin` on. w: the rows decoded when they are
+ * held, or a span of a pair of them, and a vector behind. */
+static void multiply_block(const view *v, const tile_blocks *b, ptrdiff_t first, ptrdiff_t begin, const float *bias,
+                           int8_t *w, float *dot, float *y)
 {
-    const ptrdiff_t fit = BLOCK_BYTES / (2 * v->spans * v->width), n = v->tokens.width;
-    const ptrdiff_t most = fit < LEAST_BLOCK ? LEAST_BLOCK : fit / TILE_TOKENS * TILE_TOKENS;
-    return round_up(n / ((n + most - 1) / most), TILE_TOKENS);
+    const ptrdiff_t end = smaller(first + b->rows, v->w->out_features);
+    const ptrdiff_t last = smaller(begin + b->pass, v->tokens.width);
+    for (ptrdiff_t r = first; b->held && r < end; r += PAIR_ROWS)
+        for (ptrdiff_t s = 0; s < v->spans; s++)
+            decode_pair(v, r, s, w + (r - first) / PAIR_ROWS * b->pair_bytes + s * PAIR_ROWS * v->width);
+    for (ptrdiff_t t = begin; t < last; t += b->tokens)
+        for (ptrdiff_t r = first; r < end; r += PAIR_ROWS)
+            multiply_pair(v, r, b->held, w + (r - first) / PAIR_ROWS * b->pair_bytes, t,
+                          smaller(t + b->tokens, last), bias, dot, y);
 }
 
 static int multiply_in_tiles(const view *v, const float *bias, float *y, int threads)
 {
-    const ptrdiff_t out = v->w->out_features, n = v->tokens.width, block = block_tokens(v);
-    const size_t w_bytes = (size_t)round_up(PAIR_ROWS * v->width + CHUNK, 64);
-    const size_t bytes = w_bytes + (size_t)(PAIR_ROWS * block) * sizeof(float);
+    const ptrdiff_t out = v->w->out_features;
+    const tile_blocks b = blocks_of(v, threads);
+    const size_t w_bytes = (size_t)round_up(b.rows / PAIR_ROWS * b.pair_bytes + CHUNK, 64);
+    const size_t bytes = w_bytes + (size_t)(PAIR_ROWS * b.tokens) * sizeof(float);
     char *const memory = pllm_alloc(bytes * (size_t)threads);
     if (!memory)
         return PLLM_ENOMEM;
-    memset(memory, 0, bytes * (size_t)threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         char *const mine = memory + bytes * (size_t)omp_get_thread_num();
         tiles_begin();
-        for (ptrdiff_t begin = 0; begin < n; begin += block)
+        memset(mine, 0, w_bytes);
+        for (ptrdiff_t begin = 0; begin < v->tokens.width; begin += b.pass)
 #pragma omp for schedule(dynamic) nowait
-            for (ptrdiff_t first = 0; first < out; first += PAIR_ROWS)
-                multiply_pair(v, first, begin, smaller(begin + block, n), bias, (int8_t *)mine,
-                              (float *)(void *)(mine + w_bytes), y);
+            for (ptrdiff_t first = 0; first < out; first += b.rows)
+                multiply_block(v, &b, first, begin, bias, (int8_t *)mine, (float *)(void *)(mine + w_bytes), y);
         tiles_end();
     }
     free(memory);
