@@ -99,7 +99,7 @@ class OneTokenModel(OneToken):
         if type(layers) is not nn.ModuleList or not _is_plain(config):
             return None
         used = list(layers[: config.num_hidden_layers])
-        if len(used) < config.num_hidden_layers or not all(map(_is_ours, used)):
+        if not used or not all(map(_is_ours, used)):
             return None
         attentions = [layer.self_attn for layer in used]
         if any(layer.training for layer in (*used, *attentions)):
@@ -114,9 +114,9 @@ class OneTokenModel(OneToken):
             plans.append(plan)
         if len({(plan.width, plan.shapes[0][1]) for plan in plans}) != 1:
             return None
-        places = [(self.__dict__, "config"), *((config.__dict__, name) for name in _SETTINGS)]
-        places += [(self._modules, "layers"), (layers.__dict__, "_modules")]
-        places += [(layers._modules, name) for name in layers._modules]
+        places = [(self.__dict__, "config"), (self._modules, "layers")]
+        places += [(config.__dict__, name) for name in _SETTINGS]
+        places += [(layers._modules, str(i)) for i in range(config.num_hidden_layers)]
         places += [(layer.__dict__, name) for layer in used for name in ("_plan", "training")]
         places += [(a.__dict__, n) for a in attentions for n in ("layer_idx", "config", "training")]
         watch = Watch.of([plan.watch for plan in plans], used, places)

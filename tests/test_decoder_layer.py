@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from compressed import random_codec, random_module
-from tiny_models import random_compression, tiny_model, tokens, write_tiny
-from torch import Tensor, nn
+from conftest import Counter
+from single_tokens import begun, compressed, difference, logits_of, plain, read
+from tiny_models import tiny_model, tokens, write_tiny
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
@@ -22,73 +22,6 @@ from pocketllm import decoder_cache, decoder_layer, hf, kernels, ops
 from pocketllm.linear import CodecBank, PocketLinear
 
 ARCHITECTURES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3"]
-
-
-class Counter:
-    """How often the kernels took a token, and through how many layers in all."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls = self.layers = 0
-        take = kernels.token_at
-
-        def counted(*arguments: Any) -> None:
-            self.calls += 1
-            self.layers += len(arguments[5]) // 3
-            take(*arguments)
-
-        monkeypatch.setattr(kernels, "token_at", counted)
-
-
-@pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """Counts the calls of this test."""
-    return Counter(monkeypatch)
-
-
-@pytest.fixture
-def exact() -> Iterator[None]:
-    """Activations as float32."""
-    before = kernels.activations()
-    kernels.set_activations("float32")
-    yield
-    kernels.set_activations(before)
-
-
-def compressed(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model with random packed weights."""
-    model = tiny_model(architecture, dtype)
-    hf.install_compressed(model, *random_compression(model, embeddings=False))
-    return model.eval()
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """The same model with transformers' own layers."""
-    copied = copy.deepcopy(model)
-    decoder_layer.uninstall(copied)
-    return copied
-
-
-def read(model: nn.Module, ids: Tensor, cache: DynamicCache, **options: Any) -> Tensor:
-    """Logits of the tokens of a single sequence, one at a time."""
-    with torch.inference_mode():
-        found = [
-            model(ids[:, i : i + 1], past_key_values=cache, use_cache=True, **options).logits
-            for i in range(ids.shape[1])
-        ]
-    return torch.cat(found, 1)
-
-
-def logits_of(model: nn.Module, ids: Tensor, steps: int = 5, **options: Any) -> Tensor:
-    """Logits of the tokens after the first four, one at a time."""
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(ids[:, :4], past_key_values=cache, use_cache=True)
-    return read(model, ids[:, 4 : 4 + steps], cache, **options).float()
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """Largest, relative to the largest value."""
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -133,15 +66,6 @@ def test_threads_do_not_matter(counter: Counter) -> None:
     torch.set_num_threads(before)
     assert counter.calls
     assert torch.equal(*found)
-
-
-def begun(model: nn.Module, ids: Tensor) -> DynamicCache:
-    """A cache that holds some tokens, of which the kernels took the last three."""
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(ids[:, :-3], past_key_values=cache, use_cache=True)
-    read(model, ids[:, -3:], cache)
-    return cache
 
 
 def test_the_cache_grows_as_that_of_transformers(
