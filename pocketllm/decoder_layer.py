@@ -6,7 +6,9 @@ compute next to nothing, and the cache copies all keys and values to add one of 
 Llama, Mistral, Qwen2 and Qwen3 whose matrices are compressed do all of it in C. :func:`install`
 gives such layers a subclass of their own class that does so for one token of one sequence on the
 CPU, without gradients, and in every other case (several tokens or sequences, masks, other caches,
-hooks, adapters, attention that is asked for) leaves the work to transformers.
+hooks, adapters, attention that is asked for) leaves the work to transformers. The model that has
+the layers gets one too, which takes a token through all of them at once
+(:mod:`pocketllm.decoder_stack`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_p
 
 
 def install(model: nn.Module) -> None:
-    """Let the model's decoder layers, where they are of a known kind, take single tokens in C."""
+    """Let the model and its decoder layers, where they are of a known kind, take single tokens in
+    C."""
     for module in model.modules():
         kind = type(module)
         if kind.__module__ not in FAMILIES or issubclass(kind, OneToken):
@@ -52,8 +55,8 @@ class OneTokenLayer(OneToken):
         """As the layer's own class: hidden states (batch, tokens, width) -> the same shape."""
         if (
             not args
-            and hidden_states.shape[:2] == (1, 1)
             and ops.runs_directly(hidden_states)
+            and hidden_states.shape[:2] == (1, 1)
             and may_take()
         ):
             made = self._one_token(hidden_states, **kwargs)

@@ -1,8 +1,10 @@
 """Models whose decoder layers take a single token in one call of the kernels for all of them.
 
-Between the layers' calls of :mod:`pocketllm.decoder_layer` a model spends a tenth of a token's time
-in Python: masks, modules, checks, all of it out of the processor's caches since the last token, as
-the weights have passed through them.
+With a call for each layer a model spends a tenth of a token's time between them, in Python: masks,
+modules, checks, all of it out of the processor's caches since the last token, as the weights have
+passed through them. Embedding, rotation and the last norm stay modules that are called. What asks
+for anything else than the result (hidden states, a mask that hides something, a hook on a layer) is
+left to transformers, whose loop then calls the layers one by one.
 """
 
 from __future__ import annotations
@@ -144,7 +146,7 @@ def _is_plain(config: Any) -> bool:
 
 
 def _is_one(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.shape == (1, 1) and ops.runs_directly(tensor)
+    return tensor is not None and ops.runs_directly(tensor) and tensor.shape == (1, 1)
 
 
 def _hides_nothing(mask: Any, length: int) -> bool:

@@ -1,5 +1,5 @@
-"""What modules of transformers that take single tokens in C have in common: how they get their
-class, and how they notice that a part of them changed."""
+"""What modules of transformers that take single tokens in C have in common: their class, how they
+notice that a part of them changed, and the call."""
 
 from __future__ import annotations
 
