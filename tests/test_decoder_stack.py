@@ -432,6 +432,7 @@ def _interrupted(function: Callable[[], Any], inside: str, at: int) -> bool:
         return follow
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 wants it of a frame before
     sys.settrace(follow)
     try:
         function()
