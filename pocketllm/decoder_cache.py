@@ -114,7 +114,8 @@ def _call_each(function: Any, *arguments: Any) -> None:
     deque(map(function, *arguments), maxlen=0)
 
 
-_rooms_of_caches: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], Rooms]] = (
+# How many layers are taken at once, and by the first of them their rooms.
+_rooms_of_caches: weakref.WeakKeyDictionary[Any, tuple[int, dict[int, Rooms]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -134,14 +135,17 @@ def rooms_of(past: Any, first: int, shapes: Sequence[tuple[int, int]]) -> Rooms 
     if type(past) is not DynamicCache or past.offloading:
         return None
     layers = past.layers[first : first + len(shapes)]
-    known, key = _rooms_of_caches.setdefault(past, {}), (first, len(shapes))
-    rooms = known.get(key)
+    count, known = _rooms_of_caches.get(past, (0, {}))
+    if count != len(shapes):  # those taken otherwise would keep memory that nobody is shown
+        known = {}
+        _rooms_of_caches[past] = len(shapes), known
+    rooms = known.get(first)
     if rooms is None or not rooms.are_open(layers, shapes):
         if len(layers) < len(shapes) or not all(map(_fits, layers, shapes)):
             return None
         if len({(layer.keys.shape[2], layer.keys.dtype) for layer in layers}) != 1:
             return None
-        rooms = known[key] = Rooms(layers, shapes)
+        rooms = known[first] = Rooms(layers, shapes)
     return rooms
 
 

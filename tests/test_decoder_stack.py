@@ -6,6 +6,7 @@ import copy
 import inspect
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -370,6 +371,17 @@ def test_layers_called_by_themselves_in_between_use_the_same_cache() -> None:
         memory.add(cache.layers[0].keys.data_ptr())
     assert torch.equal(torch.cat(found, 1), want)
     assert len(memory) == 1  # nothing was copied
+
+
+def test_memory_that_a_cache_grew_out_of_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_cache, "_SPARE", 2)
+    model, ids = compressed(), tokens(24, 1)
+    cache = begun(layer_by_layer(model), ids[:, :6])
+    first = [weakref.ref(decoder_cache._rooms[layer]) for layer in cache.layers]
+    read(model, ids[:, 6:15], cache)
+    second = [weakref.ref(decoder_cache._rooms[layer]) for layer in cache.layers]
+    read(layer_by_layer(model), ids[:, 15:], cache)
+    assert all(room() is None for room in (*first, *second))
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
