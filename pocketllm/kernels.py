@@ -386,7 +386,7 @@ def hold_layer(
     epsilon: float,
     scale: float,
 ) -> object:
-    """A decoder layer checked once, for :func:`token_at`.
+    """A decoder layer checked once, for :func:`hold_layers`.
 
     The layer is ``x += O attention(Q n0(x), K n0(x), V n0(x))``, then ``x += Down (silu(Gate n1(x))
     * Up n1(x))``, with root mean square norms, grouped queries and rotary positions.
@@ -405,37 +405,45 @@ def hold_layer(
     return _kernels.hold_layer(matrices, biases, norms, head_width, epsilon, scale)
 
 
+def hold_layers(layers: tuple[object, ...]) -> object:
+    """Layers that tokens pass one after the other, checked once, for :func:`token_at`.
+
+    Args:
+        layers: from :func:`hold_layer`, at least one.
+
+    Raises:
+        ValueError: layers of different widths.
+    """
+    return _kernels.hold_layers(layers)
+
+
 def token_at(
-    layer: object,
+    layers: object,
     x: int,
     is_bfloat16: bool,
     cosine: int,
     sine: int,
-    keys: int,
-    values: int,
+    rooms: tuple[int, ...],
     length: int,
-    room: int,
     y: int,
 ) -> None:
-    """A layer's output for the next token. Addresses are trusted.
+    """What the layers make of the next token. Addresses are trusted.
 
     Args:
-        layer: from :func:`hold_layer`.
+        layers: from :func:`hold_layers`.
         x: address of (width,), bfloat16 or float32.
-        is_bfloat16: what x, cosine, sine, keys, values and y are.
+        is_bfloat16: what x, cosine, sine, keys, values and y are, and what a layer leaves to the
+            next.
         cosine: address of (head_width,), of the token's position.
         sine: address of (head_width,).
-        keys: address of (key heads, room, head_width), of which the first `length` are there; the
-            token's own are written behind them.
-        values: address of the same.
+        rooms: of each layer the address of its keys (key heads, room, head_width), of which the
+            first `length` are there and the token's own are written behind them; the address of
+            its values, the same; and room, more than `length`.
         length: tokens before this one.
-        room: more than `length`.
-        y: address of (width,), written.
+        y: address of (width,), written; not x.
     """
     form = _ACTIVATIONS.index(_activations)
-    _kernels.token_at(
-        layer, x, is_bfloat16, cosine, sine, keys, values, length, room, y, form, _threads()
-    )
+    _kernels.token_at(layers, x, is_bfloat16, cosine, sine, rooms, length, y, form, _threads())
 
 
 # ---- training ---------------------------------------------------------------------------------

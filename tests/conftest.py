@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,3 +55,33 @@ def heldout_text(shared: Path) -> Path:
 def wikitext_text(shared: Path) -> Path:
     """WikiText-2 test text."""
     return shared / "data" / "wikitext2_test.txt"
+
+
+class Counter:
+    """How often the kernels took a token, and through how many layers in all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = self.layers = 0
+        take = kernels.token_at
+
+        def counted(*arguments: Any) -> None:
+            self.calls += 1
+            self.layers += len(arguments[5]) // 3
+            take(*arguments)
+
+        monkeypatch.setattr(kernels, "token_at", counted)
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Counts the calls of this test."""
+    return Counter(monkeypatch)
+
+
+@pytest.fixture
+def exact() -> Iterator[None]:
+    """Activations as float32."""
+    before = kernels.activations()
+    kernels.set_activations("float32")
+    yield
+    kernels.set_activations(before)

@@ -5,89 +5,23 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from compressed import random_codec, random_module
-from tiny_models import random_compression, tiny_model, tokens, write_tiny
-from torch import Tensor, nn
+from conftest import Counter
+from single_tokens import begun, compressed, difference, logits_of, plain, read
+from tiny_models import tiny_model, tokens, write_tiny
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from pocketllm import decoder_layer, hf, kernels, ops
+from pocketllm import decoder_cache, decoder_layer, hf, kernels, ops
 from pocketllm.linear import CodecBank, PocketLinear
 
 ARCHITECTURES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3"]
-
-
-class Counter:
-    """How often the kernels took a token through a layer."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls = 0
-        take = kernels.token_at
-
-        def counted(*arguments: Any) -> None:
-            self.calls += 1
-            take(*arguments)
-
-        monkeypatch.setattr(kernels, "token_at", counted)
-
-
-@pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """Counts the calls of this test."""
-    return Counter(monkeypatch)
-
-
-@pytest.fixture
-def exact() -> Iterator[None]:
-    """Activations as float32."""
-    before = kernels.activations()
-    kernels.set_activations("float32")
-    yield
-    kernels.set_activations(before)
-
-
-def compressed(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model with random packed weights."""
-    model = tiny_model(architecture, dtype)
-    hf.install_compressed(model, *random_compression(model, embeddings=False))
-    return model.eval()
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """The same model with transformers' own layers."""
-    copied = copy.deepcopy(model)
-    decoder_layer.uninstall(copied)
-    return copied
-
-
-def read(model: nn.Module, ids: Tensor, cache: DynamicCache, **options: Any) -> Tensor:
-    """Logits of the tokens of a single sequence, one at a time."""
-    with torch.inference_mode():
-        found = [
-            model(ids[:, i : i + 1], past_key_values=cache, use_cache=True, **options).logits
-            for i in range(ids.shape[1])
-        ]
-    return torch.cat(found, 1)
-
-
-def logits_of(model: nn.Module, ids: Tensor, steps: int = 5, **options: Any) -> Tensor:
-    """Logits of the tokens after the first four, one at a time."""
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(ids[:, :4], past_key_values=cache, use_cache=True)
-    return read(model, ids[:, 4 : 4 + steps], cache, **options).float()
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """Largest, relative to the largest value."""
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -96,7 +30,7 @@ def test_gives_what_transformers_gives(architecture: str, counter: Counter, exac
     want = logits_of(plain(model), tokens(9, 1))
     assert counter.calls == 0
     got = logits_of(model, tokens(9, 1))
-    assert counter.calls == 5 * 2  # tokens times layers
+    assert counter.layers == 5 * 2  # tokens times layers
     assert difference(got, want) < 1e-5
 
 
@@ -108,7 +42,7 @@ def test_bfloat16_is_closer_to_float32_than_transformers(
     precise.load_state_dict(model.state_dict())
     ids = tokens(9, 1)
     got, theirs = logits_of(model, ids), logits_of(plain(model), ids)
-    assert counter.calls == 5 * 2
+    assert counter.layers == 5 * 2
     want = logits_of(plain(precise), ids)
     assert (got - want).square().mean() < (theirs - want).square().mean()
 
@@ -118,7 +52,7 @@ def test_generate_writes_the_same_tokens(tmp_path: Path, counter: Counter, exact
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     got = model.generate(tokens(6, 1), **options)
-    assert counter.calls == 11 * 2
+    assert counter.layers == 11 * 2
     want = plain(model).generate(tokens(6, 1), **options)
     assert torch.equal(got, want)
 
@@ -134,19 +68,10 @@ def test_threads_do_not_matter(counter: Counter) -> None:
     assert torch.equal(*found)
 
 
-def begun(model: nn.Module, ids: Tensor) -> DynamicCache:
-    """A cache that holds some tokens, of which the kernels took the last three."""
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(ids[:, :-3], past_key_values=cache, use_cache=True)
-    read(model, ids[:, -3:], cache)
-    return cache
-
-
 def test_the_cache_grows_as_that_of_transformers(
     counter: Counter, exact: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder_layer, "_SPARE", 2)
+    monkeypatch.setattr(decoder_cache, "_SPARE", 2)
     model, ids = compressed(), tokens(24, 1)
     caches = begun(model, ids[:, :7]), begun(plain(model), ids[:, :7])
     found = [
@@ -154,7 +79,7 @@ def test_the_cache_grows_as_that_of_transformers(
         for each, cache in zip((model, plain(model)), caches, strict=True)
     ]
     assert difference(*found) < 1e-5
-    assert counter.calls == 2 * 20
+    assert counter.layers == 2 * 20
     for ours, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
         assert ours.get_seq_length() == 24
         assert difference(ours.keys, theirs.keys) < 1e-5
@@ -256,7 +181,7 @@ def test_steps_aside_for_attentions_and_hooks(counter: Counter) -> None:
     assert counter.calls == 5  # the other layer
     handle.remove()
     logits_of(model, tokens(9, 1))
-    assert counter.calls == 5 + 5 * 2
+    assert counter.layers == 5 + 5 * 2
 
 
 def test_hidden_states_are_those_of_transformers(counter: Counter, exact: None) -> None:
@@ -269,7 +194,7 @@ def test_hidden_states_are_those_of_transformers(counter: Counter, exact: None) 
         found.append(torch.cat(out.hidden_states))
     assert counter.calls == 2
     logits_of(model, tokens(9, 1))  # the hooks that transformers left behind are idle
-    assert counter.calls == 2 + 5 * 2
+    assert counter.layers == 2 + 5 * 2
     assert difference(*found) < 1e-5
 
 
@@ -302,7 +227,7 @@ def test_changed_tensors_are_seen(name: str, counter: Counter, exact: None) -> N
             tensor.mul_(1.5)
     want = logits_of(plain(model), tokens(9, 1))
     assert difference(logits_of(model, tokens(9, 1)), want) < 1e-5
-    assert counter.calls == 2 * 5 * 2
+    assert counter.layers == 2 * 5 * 2
 
 
 def test_a_dense_matrix_in_the_layer_is_left_to_transformers(counter: Counter) -> None:
@@ -322,9 +247,9 @@ def test_copies_pickles_and_the_dense_model(counter: Counter) -> None:
     loaded = torch.load(io.BytesIO(_saved(model)), weights_only=False)
     for each in (copied, loaded, pickle.loads(pickle.dumps(model))):
         assert isinstance(each.model.layers[0], decoder_layer.OneTokenLayer)
-        counter.calls = 0
+        counter.layers = 0
         assert torch.equal(logits_of(each, tokens(9, 1)), want)
-        assert counter.calls == 5 * 2
+        assert counter.layers == 5 * 2
     kind = type(tiny_model("llama").model.layers[0])
     assert type(model.model.layers[0]).__name__ == kind.__name__
     assert type(hf.restore_dense(model).model.layers[0]) is kind
