@@ -294,7 +294,7 @@ typedef struct {
     float x[TREE_CELL_MAX][GROUP];
     float square[GROUP]; /* (1 + K) |X|^2 + tiny */
     float best[GROUP];
-    int32_t at[GROUP];   /* where the first CODEWORDS begin that hold it */
+    int32_t at[GROUP];   /* where the list has it, unless tied */
     uint64_t tied;       /* bit i: later ones may hold it too */
     uint64_t open;       /* bit i: something better may be behind the list's end */
     int walked;          /* codewords */
@@ -365,12 +365,20 @@ PLLM_INLINE void walk(group *g, const cell *c, const int vectors, const int d)
                         score[k][v] = vf_fma(x[v], cj, score[k][v]);
                 }
             }
-            const vi here = vi_set1(chunk * CHUNK + i);
+            const vi here = vi_set1(chunk * CHUNK + i), one = vi_set1(1), two_on = vi_set1(2), three = vi_set1(3);
             PLLM_UNROLL
             for (int v = 0; v < vectors; v++) {
-                const vf low = vf_min(vf_min(score[0][v], score[1][v]), vf_min(score[2][v], score[3][v]));
-                tied[v] = vm_or(tied[v], vf_eq(low, best[v]));
-                at[v] = vi_select(vf_lt(low, best[v]), here, at[v]);
+                const vf a = vf_min(score[0][v], score[1][v]), b = vf_min(score[2][v], score[3][v]);
+                const vf low = vf_min(a, b);
+                const vm less = vf_lt(low, best[v]), later = vf_lt(b, a);
+                const vi in_a = vi_keep(vf_lt(score[1][v], score[0][v]), one);
+                const vi in_b = vi_select(vf_lt(score[3][v], score[2][v]), three, two_on);
+                const vm twice_a = vm_and(vf_eq(score[0][v], score[1][v]), vm_not(later));
+                const vm twice_b = vm_and(vf_eq(score[2][v], score[3][v]), later);
+                const vm twice = vm_or(vm_or(twice_a, twice_b), vf_eq(a, b));
+                const vm again = vm_or(tied[v], vf_eq(low, best[v]));
+                tied[v] = vm_or(vm_and(less, twice), vm_and(vm_not(less), again));
+                at[v] = vi_select(less, vi_add(here, vi_select(later, in_b, in_a)), at[v]);
                 best[v] = vf_min(low, best[v]);
             }
         }
@@ -395,12 +403,11 @@ PLLM_INLINE void walk(group *g, const cell *c, const int vectors, const int d)
     }
 }
 
-/* The lowest codeword at first..last-1 of the list whose score for x is `best`, the lowest of all. */
-PLLM_INLINE int32_t find_codeword(const cell *c, const float *x, float best, int first, int last,
-                                  const int d)
+/* The lowest of the first `count` codewords of the list whose score for x is `best`, the lowest of all. */
+PLLM_INLINE int32_t find_codeword(const cell *c, const float *x, float best, int count, const int d)
 {
     int32_t lowest = INT32_MAX;
-    for (int at = first; at < last; at += CODEWORDS) {
+    for (int at = 0; at < count; at += CODEWORDS) {
         uint32_t equal = 0;
         PLLM_UNROLL
         for (int i = 0; i < CODEWORDS; i++) {
@@ -431,9 +438,8 @@ PLLM_INLINE int search_group(const cell *c, const float *z, const int32_t *at, i
     for (int i = 0; i < size; i++) {
         const int32_t here = at[i];
         const float *x = z + (ptrdiff_t)here * d;
-        const int tied = (int)(g.tied >> i & 1);
-        index[here] = find_codeword(c, x, g.best[i], tied ? 0 : g.at[i],
-                                    tied ? g.walked : g.at[i] + CODEWORDS, d);
+        index[here] = g.tied >> i & 1 ? find_codeword(c, x, g.best[i], g.walked, d)
+                                      : c->tree->order[c->list[g.at[i]]];
         if (error)
             error[here] = pllm_weighted_error(&c->tree->codebook, x, index[here], d);
         left[count] = here;
