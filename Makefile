@@ -46,10 +46,10 @@ sanitize:
 	    assert pathlib.Path(pocketllm.__file__).is_relative_to(pathlib.Path.cwd())"
 	cd $(sanitized) && $(sanitizers) $(python) -c \
 	    "from pocketllm import kernels; print(*kernels.available_isas(), sep='\n')" | \
-	    xargs -P 2 -I ISA sh -c 'POCKETLLM_ISA=ISA $(sanitizers) $(python) -m pytest -q \
+	    xargs -P 2 -I {} sh -c 'POCKETLLM_ISA={} $(sanitizers) $(python) -m pytest -q \
 	        -p no:cacheprovider -c $(abspath pyproject.toml) -m kernels -k "$(sanitized_tests)" \
-	        $(kernel_tests) > ISA.log 2>&1; status=$$?; \
-	        echo "sanitized, POCKETLLM_ISA=ISA"; cat ISA.log; exit $$status'
+	        $(kernel_tests) > {}.log 2>&1; status=$$?; \
+	        echo "sanitized, POCKETLLM_ISA={}"; cat {}.log; exit $$status'
 
 sanitized_tests = not left_behind and not lists_of_their_cells and not index_gives_what_the_scan
 sanitizers = LD_PRELOAD=$$(gcc -print-file-name=libasan.so) PYTHONMALLOC=malloc \
