@@ -268,19 +268,21 @@ static void order_by_planes(const int16_t *x, ptrdiff_t span, int d, int16_t *ta
 {
     const __m512i lanes = _mm512_add_epi32(_mm512_mullo_epi32(vi_iota(), _mm512_set1_epi32(0x20002)),
                                            _mm512_set1_epi32(0x10000)); /* words 0, 1, 2, ... */
-    for (ptrdiff_t i = 0; i < span; i += HALF_CHUNK)
-        for (int j = 0; j < d; j++) {
-            const __m512i from = _mm512_add_epi16(_mm512_mullo_epi16(lanes, _mm512_set1_epi16((int16_t)d)),
-                                                  _mm512_set1_epi16((int16_t)j));
-            const __m512i vector = _mm512_srli_epi16(from, 5);
+    for (int j = 0; j < d; j++) {
+        const __m512i from = _mm512_add_epi16(_mm512_mullo_epi16(lanes, _mm512_set1_epi16((int16_t)d)),
+                                              _mm512_set1_epi16((int16_t)j));
+        const __m512i vector = _mm512_srli_epi16(from, 5);
+        __mmask32 reached[PLANE_ROWS];
+        for (int s = 0; s < d; s++)
+            reached[s] = _mm512_cmpge_epi16_mask(vector, _mm512_set1_epi16((int16_t)s));
+        for (ptrdiff_t i = 0; i < span; i += HALF_CHUNK) {
             __m512i values = _mm512_setzero_si512();
-            for (int s = 0; s < d; s++) { /* the last that is not behind it stays */
-                const __mmask32 reached = _mm512_cmpge_epi16_mask(vector, _mm512_set1_epi16((int16_t)s));
-                values = _mm512_mask_permutexvar_epi16(values, reached, from,
+            for (int s = 0; s < d; s++) /* the last that is not behind it stays */
+                values = _mm512_mask_permutexvar_epi16(values, reached[s], from,
                                                        _mm512_loadu_si512(x + i * d + s * HALF_CHUNK));
-            }
             _mm512_storeu_si512(target + i / CHUNK * CHUNK * d + j * CHUNK + i % CHUNK, values);
         }
+    }
 }
 
 /* target (span_width) = the activations of a span, in the order in which the products meet it: by planes of each 64
