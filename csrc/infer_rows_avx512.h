@@ -13,19 +13,19 @@
 #define PLLM_INFER_ROWS_AVX512_H
 
 enum {
-    CHUNK = 64,        /* bytes of a vector: values multiplied at once */
-    HALF_CHUNK = 32,   /* int16 of a vector */
-    OCTET_BYTES = 64,  /* what reading eight indices may touch */
-    TARGET_SLACK = 64, /* values behind a decoded span that may be written */
-    DOT_TOGETHER = 4,  /* rows whose sums over lanes are taken together */
-    PLANE_BITS = 8,    /* the most bits of an index into planes */
-    PLANE_ROWS = 8,    /* the most values of a row in them */
-    PAIRED_BITS = 6,   /* indices of pairs: one permutation looks them up */
-    GATHERED = 16,     /* lanes whose indices are cut out together */
+    CHUNK = 64,         /* bytes of a vector: values multiplied at once */
+    HALF_CHUNK = 32,    /* int16 of a vector */
+    OCTET_BYTES = 64,   /* what reading eight indices may touch */
+    TARGET_SLACK = 64,  /* values behind a decoded span that may be written */
+    DOT_TOGETHER = 4,   /* rows whose sums over lanes are taken together */
+    PLANE_BITS = 8,     /* the most bits of an index into planes */
+    PLANE_ROWS = 8,     /* the most values of a row in them */
+    PAIRED_BITS = 6,    /* indices of pairs: one permutation looks them up */
+    GATHERED = 16,      /* lanes whose indices are cut out together */
     SPANS_TOGETHER = 8, /* of a row, before those of the next */
-    CUTS_TOGETHER = 4,   /* where rows are decoded */
-    GATHERED_ROWS = 2,   /* of the matrix, multiplied side by side: loads are what limits gathers */
-    AHEAD = 2048         /* bytes between what is read of the payload and what is asked for, or more */
+    CUTS_TOGETHER = 4,  /* where rows are decoded */
+    GATHERED_ROWS = 2,  /* of the matrix, multiplied side by side: loads are what limits gathers */
+    AHEAD = 2048        /* bytes between what is read of the payload and what is asked for, or more */
 };
 
 /* Rows of d values, 2^bits of them. */
@@ -38,7 +38,7 @@ struct row_table {
     int bytes;      /* planes and one_by_one: its activations are bytes, and the planes hold w + 128 */
     int symmetric;  /* bytes: the d highest bits of an index are the signs of its row's values, see make_signed_planes */
     /* For cutting out indices: the bytes that each eight of a vector take, or each lane, and how far their bits are
-     * to be shifted down (see plan_cut). For packing: where the values of fetched rows stand. */
+     * to be shifted down (see plan_cut). For packing: where the values of gathered rows stand. */
     uint8_t take[CHUNK], shift[CHUNK], pack[CHUNK];
 };
 
@@ -158,7 +158,8 @@ static void make_planes(const row_table *t, const pllm_codec *c, int8_t *target)
 /* Signs that six bits of an index have room for beside the bits of its row. */
 PLLM_INLINE int signs_beside(int d, int bits) { return 6 - (bits - d); }
 
-/* target: planes (d, 64), for indices with the row's bits and some of the signs, see split_signs. */
+/* target: planes (d, 64), for indices with the row's bits and some of the signs, see
+ * next_signed_chunk. */
 static void make_signed_planes(const row_table *t, const pllm_codec *c, int8_t *target)
 {
     const int row_bits = t->bits - t->d, beside = signs_beside(t->d, t->bits);
