@@ -47,6 +47,21 @@ static ptrdiff_t panel_tokens(const panels *p, ptrdiff_t i)
     return smaller(p->tokens - i * WIDE, panel_width(p, i));
 }
 
+/* dot (width) = finish_product's of a row and as many tokens.  x_sum: (width).  width: whole vectors. */
+static inline void finish_tokens(const pllm_matrix *w, float factor, ptrdiff_t row, ptrdiff_t width,
+                                 const float *x_sum, const float *bias, float *dot)
+{
+    const vf scale = vf_set1(w->scale[row] * factor);
+    const vf shift = vf_set1(w->shift ? w->shift[row] : 0.0f);
+    const vf added = vf_set1(bias ? bias[row] : 0.0f);
+    for (ptrdiff_t t = 0; t < width; t += VF_WIDTH) {
+        vf here = vf_mul(scale, vf_load(dot + t));
+        if (w->shift)
+            here = vf_add(here, vf_mul(shift, vf_load(x_sum + t)));
+        vf_store(dot + t, vf_add(here, added));
+    }
+}
+
 /* y (n, out) of `rows` rows from `first` on and the tokens of the panels begin..end.
  * dot: finish_product's for each panel (tile_rows, its width); overwritten.  x_sum: (width of all panels). */
 static void finish_panels(const pllm_matrix *w, float factor, ptrdiff_t first, ptrdiff_t rows,
@@ -55,17 +70,8 @@ static void finish_panels(const pllm_matrix *w, float factor, ptrdiff_t first, p
 {
     for (ptrdiff_t i = begin; i < end; i++) {
         const ptrdiff_t width = panel_width(p, i), tokens = panel_tokens(p, i);
-        for (ptrdiff_t r = 0; r < rows; r++) {
-            const vf scale = vf_set1(w->scale[first + r] * factor);
-            const vf shift = vf_set1(w->shift ? w->shift[first + r] : 0.0f);
-            const vf added = vf_set1(bias ? bias[first + r] : 0.0f);
-            for (ptrdiff_t t = 0; t < width; t += VF_WIDTH) {
-                vf here = vf_mul(scale, vf_load(dot + r * width + t));
-                if (w->shift)
-                    here = vf_add(here, vf_mul(shift, vf_load(x_sum + i * WIDE + t)));
-                vf_store(dot + r * width + t, vf_add(here, added));
-            }
-        }
+        for (ptrdiff_t r = 0; r < rows; r++)
+            finish_tokens(w, factor, first + r, width, x_sum + i * WIDE, bias, dot + r * width);
         for (ptrdiff_t t = 0; t < tokens; t++)
             for (ptrdiff_t r = 0; r < rows; r++)
                 y[(i * WIDE + t) * w->out_features + first + r] = dot[r * width + t];

@@ -11,6 +11,7 @@ enum {
     LAID_OUT = 2 * SPAN_VALUES, /* the most values of a span as laid out for several tokens' products */
     BLOCK = 32,        /* columns with one multiplier, where activations are bytes */
     BLOCKS = SPAN_VALUES / BLOCK,
+    CACHE_LINE = 64,   /* bytes */
     OCTET = 8,         /* indices; eight of b bits are exactly b bytes, and a span is whole octets */
     PAIR_REUSE = 8     /* how often each row of a table of pairs must be used, on average */
 };
@@ -66,6 +67,14 @@ typedef struct {
 PLLM_INLINE ptrdiff_t octets_in(const token_spans *token, ptrdiff_t s)
 {
     return s + 1 < token->spans ? token->octets : token->last_octets;
+}
+
+/* Asks for what lies `ahead` bytes behind `bytes` bytes of the payload: the processor's own guesses end with each
+ * page. */
+PLLM_INLINE void ask_ahead(const uint8_t *source, ptrdiff_t ahead, ptrdiff_t bytes)
+{
+    for (ptrdiff_t i = 0; i < bytes; i += CACHE_LINE)
+        PLLM_PREFETCH((const void *)((uintptr_t)source + (uintptr_t)(ahead + i)));
 }
 
 /* The r-th of `count` rows, behind them the last. */

@@ -291,13 +291,13 @@ static void order_by_planes(const int16_t *x, ptrdiff_t span, int d, int16_t *ta
 static void arrange(const row_table *t, ptrdiff_t span, const quantised_span *q, int16_t *target)
 {
     int16_t x[LAID_OUT];
-    memset(x + SPAN_VALUES, 0, sizeof x - SPAN_VALUES * sizeof *x);
     const ptrdiff_t width = span_width(t, span), d = t->d;
     if (t->bytes) {
         arrange_bytes(t, span, q, target);
         return;
     }
     join_multipliers(q, SPAN_VALUES, x);
+    memset(x + SPAN_VALUES, 0, sizeof x - SPAN_VALUES * sizeof *x);
     memset(target, 0, (size_t)width * sizeof *target);
     if (has_planes(t))
         order_by_planes(x, span, t->d, target);
@@ -353,14 +353,6 @@ PLLM_INLINE __m128 add_spans(__m128 total, const row_products *products, const t
         total = _mm_fmadd_ps(_mm_set1_ps(token->scale[first + s]), exact, total);
     }
     return total;
-}
-
-/* Asks for what lies `ahead` bytes behind `bytes` bytes of the payload: the processor's own guesses end with each
- * page. */
-PLLM_INLINE void ask_ahead(const uint8_t *source, ptrdiff_t ahead, ptrdiff_t bytes)
-{
-    for (ptrdiff_t i = 0; i < bytes; i += CHUNK)
-        PLLM_PREFETCH((const void *)((uintptr_t)source + (uintptr_t)(ahead + i)));
 }
 
 /* 64 indices as bytes, whose upper bits are to be ignored. */

@@ -98,14 +98,6 @@ static void add_sums(const tile_sums *sums, const float *scale, float *dot)
     }
 }
 
-/* Asks for bytes that will be read soon. */
-static void ask_for(const uint8_t *source, ptrdiff_t bytes)
-{
-    for (ptrdiff_t i = 0; i < bytes; i += 64)
-        PLLM_PREFETCH((const void *)((uintptr_t)source + (uintptr_t)i));
-    PLLM_PREFETCH((const void *)((uintptr_t)source + (uintptr_t)bytes - 1));
-}
-
 /* target (PAIR_ROWS, width) = span s of the rows from `first` on, where there are any. Asks for what comes next. */
 static void decode_pair(const view *v, ptrdiff_t first, ptrdiff_t s, int8_t *target)
 {
@@ -114,7 +106,8 @@ static void decode_pair(const view *v, ptrdiff_t first, ptrdiff_t s, int8_t *tar
     const ptrdiff_t next = s + 1 < v->spans ? bytes : PAIR_ROWS * v->row_stride_bytes - s * bytes;
     for (ptrdiff_t r = first; r < end; r++, target += v->width) {
         const uint8_t *const source = row_source(v, r) + s * bytes;
-        ask_for(source + next, bytes);
+        ask_ahead(source, next, bytes);
+        ask_ahead(source, next + bytes - 1, 1); /* where it ends, in another line */
         decode(&v->table, source, octets_of(v, s), target);
         if (r % 4 == 3)
             TILE_DOT_SIGNED(0, 4, 6); /* for nothing: tiles that rest for long wake up slowly */
@@ -127,14 +120,9 @@ static void finish_tile(const view *v, ptrdiff_t first, ptrdiff_t token, float *
 {
     const ptrdiff_t out = v->w->out_features, rows = smaller(PAIR_ROWS, out - first);
     const ptrdiff_t tokens = smaller(TILE_TOKENS, v->tokens.tokens - token);
-    const vf x_sum = vf_load(v->x_sum + token);
-    for (ptrdiff_t r = first; r < first + rows; r++, dot += TILE_TOKENS) {
-        vf here = vf_mul(vf_set1(v->w->scale[r] * v->w->codec->table_scale), vf_load(dot));
-        if (v->w->shift)
-            here = vf_add(here, vf_mul(vf_set1(v->w->shift[r]), x_sum));
-        vf_store(dot, vf_add(here, vf_set1(bias ? bias[r] : 0.0f)));
-    }
-    dot -= rows * TILE_TOKENS;
+    for (ptrdiff_t r = 0; r < rows; r++)
+        finish_tokens(v->w, v->w->codec->table_scale, first + r, TILE_TOKENS, v->x_sum + token, bias,
+                      dot + r * TILE_TOKENS);
     for (ptrdiff_t t = 0; t < tokens; t++) {
         float *const target = y + (token + t) * out + first;
         ptrdiff_t r = 0;
