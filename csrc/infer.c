@@ -189,9 +189,10 @@ static void dot_row_group(const view *v, ptrdiff_t first, const float *x, ptrdif
         dot[i] = vf16_sum(vf16_load(sum + i * 16));
 }
 
-static int multiply_few(const pllm_matrix *w, const float *x, int n, const float *bias, float *y,
-                        int threads)
+static int multiply_few(const pllm_product *p, int threads)
 {
+    const pllm_matrix *const w = p->w;
+    const int n = (int)p->n;
     view v = view_of(w, FEW_SPAN);
     const ptrdiff_t x_stride = round_up(v.length, 16);
     const size_t shared = round_up((ptrdiff_t)widened_floats(w->codec), 16) + (size_t)(n * x_stride);
@@ -205,11 +206,13 @@ static int multiply_few(const pllm_matrix *w, const float *x, int n, const float
         return PLLM_ENOMEM;
     widen_table(&v, memory + n * x_stride);
     for (int t = 0; t < n; t++) {
-        memcpy(memory + t * x_stride, x + t * w->in_features, (size_t)w->in_features * sizeof(float));
-        memset(memory + t * x_stride + w->in_features, 0,
-               (size_t)(x_stride - w->in_features) * sizeof(float));
+        float *const target = memory + t * x_stride;
+        const float *const x = input_of(p, t, 0, w->in_features, target);
+        if (x != target)
+            memcpy(target, x, (size_t)w->in_features * sizeof(float));
+        memset(target + w->in_features, 0, (size_t)(x_stride - w->in_features) * sizeof(float));
     }
-    sum_tokens(w, x, n, x_sum);
+    sum_tokens(p, x_sum, used);
 #pragma omp parallel for num_threads(used) schedule(static) if (used > 1)
     for (ptrdiff_t first = 0; first < w->out_features; first += group) {
         float dot[FUSED_TILE]; /* DOT_ROWS * DOT_TOKENS fit */
@@ -220,10 +223,13 @@ static int multiply_few(const pllm_matrix *w, const float *x, int n, const float
         else
             dot_row_group(&v, first, memory, x_stride, n, dot,
                           memory + shared + per_thread * (size_t)omp_get_thread_num());
-        for (ptrdiff_t r = first; r < first + rows; r++)
-            for (int t = 0; t < n; t++)
-                y[t * w->out_features + r] = finish_product(w, r, v.plan.factor, dot[(r - first) * n + t],
-                                                            x_sum[t], bias ? bias[r] : 0.0f);
+        for (int t = 0; t < n; t++) {
+            float of_token[FUSED_TILE];
+            for (ptrdiff_t r = 0; r < rows; r++)
+                of_token[r] = finish_product(w, first + r, v.plan.factor, dot[r * n + t], x_sum[t],
+                                             p->bias ? p->bias[first + r] : 0.0f);
+            put_output(p, t, first, rows, of_token);
+        }
     }
     free(memory);
     return PLLM_OK;
@@ -256,12 +262,12 @@ static void multiply_tile(const view *v, ptrdiff_t first, ptrdiff_t rows, const 
     }
 }
 
-static int multiply_many(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias,
-                         float *y, int threads)
+static int multiply_many(const pllm_product *o, int threads)
 {
+    const pllm_matrix *const w = o->w;
     view v = view_of(w, MANY_SPAN);
-    const panels p = panels_for(n);
-    const int used = threads_for(&v, w->out_features, n, threads);
+    const panels p = panels_for(o->n);
+    const int used = threads_for(&v, w->out_features, o->n, threads);
     const ptrdiff_t block = TOKEN_BLOCK / WIDE, height = tile_rows(&v);
     const size_t packed = (size_t)(p.width * v.length), sums = (size_t)round_up(p.width, 16);
     const size_t shared = packed + sums + (size_t)round_up((ptrdiff_t)widened_floats(w->codec), 16);
@@ -273,21 +279,21 @@ static int multiply_many(const pllm_matrix *w, const float *x, ptrdiff_t n, cons
     float *const x_sum = memory + packed, *const scratch = memory + shared;
     widen_table(&v, x_sum + sums);
     memset(x_sum, 0, sums * sizeof *x_sum);
-    sum_tokens(w, x, n, x_sum);
+    sum_tokens(o, x_sum, used);
 #pragma omp parallel num_threads(used) if (used > 1)
     {
         float *const tile = scratch + per_thread * (size_t)omp_get_thread_num();
         float *const c = tile + height * v.stride;
 #pragma omp for schedule(static)
         for (ptrdiff_t i = 0; i < p.count; i++)
-            pack_panel(&p, i, x, w->in_features, v.length, memory + i * WIDE * v.length);
+            pack_panel(o, &p, i, v.length, memory + i * WIDE * v.length);
 #pragma omp for schedule(dynamic)
         for (ptrdiff_t first = 0; first < w->out_features; first += height) {
             const ptrdiff_t rows = smaller(height, w->out_features - first);
             for (ptrdiff_t begin = 0; begin < p.count; begin += block) {
                 const ptrdiff_t end = smaller(begin + block, p.count);
                 multiply_tile(&v, first, rows, &p, memory, begin, end, tile, c);
-                finish_panels(w, v.plan.factor, first, rows, &p, begin, end, height, c, x_sum, bias, y);
+                finish_panels(o, v.plan.factor, first, rows, &p, begin, end, height, c, x_sum);
             }
         }
     }
@@ -295,28 +301,25 @@ static int multiply_many(const pllm_matrix *w, const float *x, ptrdiff_t n, cons
     return PLLM_OK;
 }
 
-static int multiply(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias, float *y,
-                    enum pllm_activations activations, int in_tiles, int threads)
+static int multiply(const pllm_product *p, enum pllm_activations activations, int in_tiles, int threads)
 {
-    if (n == 0 || w->out_features == 0)
+    if (p->n == 0 || p->w->out_features == 0)
         return PLLM_OK;
-    if (activations == PLLM_ACTIVATIONS_INTEGER && w->codec->table_is_int8 && !w->codec->decoder)
-        return PLLM_SYM(infer_multiply_integer)(w, x, n, bias, y, in_tiles, threads);
-    if (n <= DOT_TOKENS)
-        return multiply_few(w, x, (int)n, bias, y, threads);
-    return multiply_many(w, x, n, bias, y, threads);
+    if (activations == PLLM_ACTIVATIONS_INTEGER && p->w->codec->table_is_int8 && !p->w->codec->decoder)
+        return PLLM_SYM(infer_multiply_integer)(p, in_tiles, threads);
+    return p->n <= DOT_TOKENS ? multiply_few(p, threads) : multiply_many(p, threads);
 }
 
-int PLLM_SYM(pllm_matmul)(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias,
-                          float *y, enum pllm_activations activations, int threads)
+int PLLM_SYM(pllm_matmul)(const pllm_matrix *w, const void *x, ptrdiff_t n, const float *bias, void *y,
+                          enum pllm_number number, enum pllm_activations activations, int threads)
 {
-    return multiply(w, x, n, bias, y, activations, 0, threads);
+    return multiply(&(pllm_product){w, x, n, bias, y, number}, activations, 0, threads);
 }
 
 #if defined(PLLM_ISA_AVX512)
-int pllm_matmul_amx(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias, float *y,
-                    enum pllm_activations activations, int threads)
+int pllm_matmul_amx(const pllm_matrix *w, const void *x, ptrdiff_t n, const float *bias, void *y,
+                    enum pllm_number number, enum pllm_activations activations, int threads)
 {
-    return multiply(w, x, n, bias, y, activations, 1, threads);
+    return multiply(&(pllm_product){w, x, n, bias, y, number}, activations, 1, threads);
 }
 #endif

@@ -10,6 +10,37 @@ enum { WORK_PER_THREAD = 32768 };
 static inline ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t step) { return (n + step - 1) / step * step; }
 static inline ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
+/* y (n, out_features) = x (n, in_features) W' + bias, and what x and y are stored as. */
+typedef struct {
+    const pllm_matrix *w;
+    const void *x;
+    ptrdiff_t n;
+    const float *bias; /* (out_features) or NULL */
+    void *y;
+    enum pllm_number number;
+} pllm_product;
+
+/* `count` values of a token from a column on: where they are, or widened into buffer. */
+static inline const float *input_of(const pllm_product *p, ptrdiff_t token, ptrdiff_t column, ptrdiff_t count,
+                                    float *buffer)
+{
+    const ptrdiff_t at = token * p->w->in_features + column;
+    if (p->number == PLLM_FLOAT32)
+        return (const float *)p->x + at;
+    PLLM_SYM(pllm_widen)((const uint16_t *)p->x + at, count, buffer);
+    return buffer;
+}
+
+/* `count` values of a token's product from a row on. */
+static inline void put_output(const pllm_product *p, ptrdiff_t token, ptrdiff_t row, ptrdiff_t count, const float *values)
+{
+    const ptrdiff_t at = token * p->w->out_features + row;
+    if (p->number == PLLM_FLOAT32)
+        memcpy((float *)p->y + at, values, (size_t)count * sizeof *values);
+    else
+        PLLM_SYM(pllm_narrow)(values, count, (uint16_t *)p->y + at);
+}
+
 /* One element of the product, from the dot product of the row's table values with the token. */
 static inline float finish_product(const pllm_matrix *w, ptrdiff_t row, float factor, float dot,
                                    float x_sum, float bias)
@@ -19,19 +50,26 @@ static inline float finish_product(const pllm_matrix *w, ptrdiff_t row, float fa
 }
 
 /* x_sum[t] = sum of token t's values; zeros without a row shift, which alone needs it. */
-static inline void sum_tokens(const pllm_matrix *w, const float *x, ptrdiff_t n, float *x_sum)
+static inline void sum_tokens(const pllm_product *p, float *x_sum, int threads)
 {
-    for (ptrdiff_t t = 0; t < n; t++) {
+    enum { PART = 512 };
+    const ptrdiff_t columns = p->w->shift ? p->w->in_features : 0;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && columns > 0)
+    for (ptrdiff_t t = 0; t < p->n; t++) {
         double sum = 0.0;
-        for (ptrdiff_t k = 0; w->shift && k < w->in_features; k++)
-            sum += (double)x[t * w->in_features + k];
+        float buffer[PART];
+        for (ptrdiff_t k = 0; k < columns; k += PART) {
+            const ptrdiff_t part = smaller(PART, columns - k);
+            const float *const x = input_of(p, t, k, part, buffer);
+            for (ptrdiff_t i = 0; i < part; i++)
+                sum += (double)x[i];
+        }
         x_sum[t] = (float)sum;
     }
 }
 
 /* The product with activations as integers (infer_int.c). The table must be int8 and without decoder.
  * in_tiles: whether the tile registers of AMX may be used, where the instruction set knows them. */
-int PLLM_SYM(infer_multiply_integer)(const pllm_matrix *w, const float *x, ptrdiff_t n,
-                                     const float *bias, float *y, int in_tiles, int threads);
+int PLLM_SYM(infer_multiply_integer)(const pllm_product *p, int in_tiles, int threads);
 
 #endif

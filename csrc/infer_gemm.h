@@ -90,20 +90,21 @@ static void micro_narrow(const float *w, ptrdiff_t w_stride, const float *x, ptr
     micro_tile(2 * MICRO_ROWS, MICRO_VECTORS / 2, w, w_stride, x, k, c);
 }
 
-/* target (length, width of panel i) = the panel's tokens of x (n, columns), transposed, with zeros
- * behind the columns and for missing tokens. */
-static void pack_panel(const panels *p, ptrdiff_t i, const float *x, ptrdiff_t columns,
-                       ptrdiff_t length, float *target)
+/* target (length, width of panel i) = the panel's tokens, transposed, with zeros behind the columns and for missing
+ * tokens. */
+static void pack_panel(const pllm_product *o, const panels *p, ptrdiff_t i, ptrdiff_t length, float *target)
 {
     const ptrdiff_t width = panel_width(p, i), first = i * WIDE, real = panel_tokens(p, i);
+    const ptrdiff_t columns = o->w->in_features;
     if (real < width || columns < length)
         memset(target, 0, (size_t)(width * length) * sizeof(float));
     for (ptrdiff_t begin = 0; begin < columns; begin += 16) {
         const ptrdiff_t end = begin + 16 < columns ? begin + 16 : columns;
         for (ptrdiff_t t = 0; t < real; t++) {
-            const float *source = x + (first + t) * columns;
+            float buffer[16];
+            const float *const source = input_of(o, first + t, begin, end - begin, buffer);
             for (ptrdiff_t k = begin; k < end; k++)
-                target[k * width + t] = source[k];
+                target[k * width + t] = source[k - begin];
         }
     }
 }

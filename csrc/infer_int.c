@@ -25,7 +25,8 @@ enum {
 
 /* One call's view of the matrix and the quantised tokens. */
 typedef struct {
-    const pllm_matrix *w;
+    const pllm_product *product;
+    const pllm_matrix *w; /* its */
     row_table table;
     row_functions functions;
     panels tokens;
@@ -47,11 +48,13 @@ typedef struct {
 
 static int is_few(const view *v) { return v->tokens.tokens <= FEW_TOKENS && !v->in_tiles; }
 
-static view view_of(const pllm_matrix *w, ptrdiff_t tokens, int in_tiles)
+static view view_of(const pllm_product *p, int in_tiles)
 {
-    const pllm_codec *c = w->codec;
+    const pllm_matrix *const w = p->w;
+    const pllm_codec *const c = w->codec;
+    const ptrdiff_t tokens = p->n;
     const ptrdiff_t count = (w->in_features + c->d - 1) / c->d;
-    view v = {.w = w, .table = plan_rows(c, w->out_features * count, tokens, in_tiles)};
+    view v = {.product = p, .w = w, .table = plan_rows(c, w->out_features * count, tokens, in_tiles)};
     v.functions = functions_for(&v.table);
     v.tokens = panels_for(tokens);
     v.in_tiles = in_tiles && !v.table.one_by_one;
@@ -72,8 +75,7 @@ static view view_of(const pllm_matrix *w, ptrdiff_t tokens, int in_tiles)
  * Inf. */
 static float measure(const float *x, float *peaks)
 {
-    float lane[VF_WIDTH], largest = 0.0f, invalid = 0.0f;
-    vf zeros = vf_zero();
+    vf zeros = vf_zero(), largest = vf_zero();
     for (int b = 0; b < BLOCKS; b++) {
         vf peak = vf_zero();
         for (int i = 0; i < BLOCK; i += VF_WIDTH) {
@@ -81,17 +83,10 @@ static float measure(const float *x, float *peaks)
             peak = vf_max(peak, vf_abs(here));
             zeros = vf_fma(here, vf_zero(), zeros);
         }
-        vf_store(lane, peak);
-        for (int half = VF_WIDTH / 2; half > 0; half /= 2)
-            for (int i = 0; i < half; i++)
-                lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-        peaks[b] = lane[0];
-        largest = peaks[b] > largest ? peaks[b] : largest;
+        largest = vf_max(largest, peak);
+        peaks[b] = -vf_lowest(vf_neg(peak));
     }
-    vf_store(lane, zeros);
-    for (int i = 0; i < VF_WIDTH; i++)
-        invalid += lane[i];
-    return invalid == 0.0f ? largest : invalid;
+    return vm_any(vm_not(vf_eq(zeros, vf_zero()))) ? NAN : -vf_lowest(vf_neg(largest));
 }
 
 /* q = x (SPAN_VALUES) / scale, rounded, in bytes or not. Returns the scale: NaN when x holds NaN or Inf, and 0 when
@@ -121,15 +116,15 @@ static float quantise(const float *x, int bytes, quantised_span *q)
 }
 
 /* target (width) = token t's span s, laid out. Returns its scale. */
-static float quantise_span(const view *v, const float *x, ptrdiff_t t, ptrdiff_t s, int16_t *target)
+static float quantise_span(const view *v, ptrdiff_t t, ptrdiff_t s, int16_t *target)
 {
-    const ptrdiff_t values = v->span * v->table.d, columns = v->w->in_features;
-    const ptrdiff_t here = smaller(values, columns - s * values);
+    const ptrdiff_t values = v->span * v->table.d, here = smaller(values, v->w->in_features - s * values);
     float padded[SPAN_VALUES];
     quantised_span q;
-    x += t * columns + s * values;
+    const float *x = input_of(v->product, t, s * values, here, padded);
     if (here < SPAN_VALUES) {
-        memcpy(padded, x, (size_t)here * sizeof *x);
+        if (x != padded)
+            memcpy(padded, x, (size_t)here * sizeof *x);
         memset(padded + here, 0, (size_t)(SPAN_VALUES - here) * sizeof *x);
         x = padded;
     }
@@ -138,17 +133,17 @@ static float quantise_span(const view *v, const float *x, ptrdiff_t t, ptrdiff_t
     return scale;
 }
 
-static void quantise_few(const view *v, const float *x)
+static void quantise_few(const view *v)
 {
     for (ptrdiff_t t = 0; t < v->tokens.tokens; t++)
         for (ptrdiff_t s = 0; s < v->spans; s++) {
             const ptrdiff_t at = t * v->spans + s;
-            v->x_scale[at] = quantise_span(v, x, t, s, v->x + at * v->width);
+            v->x_scale[at] = quantise_span(v, t, s, v->x + at * v->width);
         }
 }
 
 /* Panel i: zeros where it has no token. */
-static void quantise_panel(const view *v, const float *x, ptrdiff_t i)
+static void quantise_panel(const view *v, ptrdiff_t i)
 {
     const panels *p = &v->tokens;
     const ptrdiff_t width = panel_width(p, i), tokens = panel_tokens(p, i);
@@ -161,7 +156,7 @@ static void quantise_panel(const view *v, const float *x, ptrdiff_t i)
         }
         for (ptrdiff_t t = 0; t < tokens; t++) {
             int16_t values[LAID_OUT];
-            v->x_scale[at + t] = quantise_span(v, x, i * WIDE + t, s, values);
+            v->x_scale[at + t] = quantise_span(v, i * WIDE + t, s, values);
             put_token(values, v->width, t, width, panel);
         }
     }
@@ -183,9 +178,10 @@ static ptrdiff_t octets_of(const view *v, ptrdiff_t s)
 /* ---- tokens one by one ---------------------------------------------------------------------- */
 
 /* y of the rows first..end-1, if any, at most ROWS_ALONE: none or all of them from the tail on. */
-static void multiply_rows(const view *v, ptrdiff_t first, ptrdiff_t end, const float *bias, float *y)
+static void multiply_rows(const view *v, ptrdiff_t first, ptrdiff_t end)
 {
-    const pllm_matrix *w = v->w;
+    const pllm_matrix *const w = v->w;
+    const float *const bias = v->product->bias;
     float dot[ROWS_ALONE];
     for (ptrdiff_t t = 0; t < v->tokens.tokens && first < end; t++) {
         const ptrdiff_t at = t * v->spans;
@@ -193,12 +189,13 @@ static void multiply_rows(const view *v, ptrdiff_t first, ptrdiff_t end, const f
                                    octets_of(v, 0), octets_of(v, v->spans - 1)};
         v->functions.dot(&v->table, row_source(v, first), v->row_stride_bytes, end - first, &token, dot);
         for (ptrdiff_t r = first; r < end; r++)
-            y[t * w->out_features + r] = finish_product(w, r, w->codec->table_scale, dot[r - first], v->x_sum[t],
-                                                        bias ? bias[r] : 0.0f);
+            dot[r - first] = finish_product(w, r, w->codec->table_scale, dot[r - first], v->x_sum[t],
+                                            bias ? bias[r] : 0.0f);
+        put_output(v->product, t, first, end - first, dot);
     }
 }
 
-static void multiply_one_by_one(const view *v, const float *bias, float *y, int threads)
+static void multiply_one_by_one(const view *v, int threads)
 {
     const ptrdiff_t out = v->w->out_features;
     const ptrdiff_t step = v->tokens.tokens == 1 ? ROWS_ALONE : DOT_TOGETHER; /* rows stay in the cache for all */
@@ -207,8 +204,8 @@ static void multiply_one_by_one(const view *v, const float *bias, float *y, int 
         for (ptrdiff_t first = begin; first < smaller(begin + ROWS_ALONE, out); first += step) {
             const ptrdiff_t end = smaller(first + step, out);
             const ptrdiff_t tail = first < v->tail ? smaller(end, v->tail) : first;
-            multiply_rows(v, first, tail, bias, y);
-            multiply_rows(v, tail, end, bias, y);
+            multiply_rows(v, first, tail);
+            multiply_rows(v, tail, end);
         }
 }
 
@@ -225,27 +222,28 @@ static void decode_tile(const view *v, ptrdiff_t first, ptrdiff_t height, ptrdif
 
 /* y of `rows` rows from `first` on, few tokens.
  * tile: (rows rounded up to DOT_ROWS, width) int16, and TARGET_SLACK more.  dot: (tokens, that many) f32. */
-static void multiply_tile_few(const view *v, ptrdiff_t first, ptrdiff_t rows, const float *bias, int16_t *tile,
-                              float *dot, float *y)
+static void multiply_tile_few(const view *v, ptrdiff_t first, ptrdiff_t rows, int16_t *tile, float *dot)
 {
-    const pllm_matrix *w = v->w;
+    const pllm_matrix *const w = v->w;
+    const float *const bias = v->product->bias;
     const ptrdiff_t height = round_up(rows, DOT_ROWS), n = v->tokens.tokens;
     memset(dot, 0, (size_t)(n * height) * sizeof *dot);
     for (ptrdiff_t s = 0; s < v->spans; s++) {
         decode_tile(v, first, height, s, tile);
         multiply_few(tile, height, v->width, v->x + s * v->width, n, v->x_scale + s, v->spans, dot);
     }
-    for (ptrdiff_t t = 0; t < n; t++)
+    for (ptrdiff_t t = 0; t < n; t++, dot += height) {
         for (ptrdiff_t r = 0; r < rows; r++)
-            y[t * w->out_features + first + r] =
-                finish_product(w, first + r, w->codec->table_scale, dot[t * height + r], v->x_sum[t],
-                               bias ? bias[first + r] : 0.0f);
+            dot[r] = finish_product(w, first + r, w->codec->table_scale, dot[r], v->x_sum[t],
+                                    bias ? bias[first + r] : 0.0f);
+        put_output(v->product, t, first, rows, dot);
+    }
 }
 
 /* The same for the panels begin..end.
  * tile: (rows rounded up to MICRO_ROWS, width), and TARGET_SLACK more.  dot: (that many, tokens) of each panel. */
 static void multiply_tile_many(const view *v, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t begin, ptrdiff_t end,
-                               const float *bias, int16_t *tile, float *dot, float *y)
+                               int16_t *tile, float *dot)
 {
     const panels *p = &v->tokens;
     const ptrdiff_t height = round_up(rows, MICRO_ROWS);
@@ -258,10 +256,10 @@ static void multiply_tile_many(const view *v, ptrdiff_t first, ptrdiff_t rows, p
                            dot + height * (i - begin) * WIDE);
         }
     }
-    finish_panels(v->w, v->w->codec->table_scale, first, rows, p, begin, end, height, dot, v->x_sum, bias, y);
+    finish_panels(v->product, v->w->codec->table_scale, first, rows, p, begin, end, height, dot, v->x_sum);
 }
 
-static int multiply_several(const view *v, const float *bias, float *y, int threads)
+static int multiply_several(const view *v, int threads)
 {
     const panels *p = &v->tokens;
     const ptrdiff_t out = v->w->out_features, block = smaller(p->count, TOKEN_BLOCK / WIDE);
@@ -279,10 +277,10 @@ static int multiply_several(const view *v, const float *bias, float *y, int thre
         float *const dot = (float *)(void *)(mine + tile_bytes);
         const ptrdiff_t rows = smaller(height, out - first);
         if (is_few(v))
-            multiply_tile_few(v, first, rows, bias, tile, dot, y);
+            multiply_tile_few(v, first, rows, tile, dot);
         else
             for (ptrdiff_t begin = 0; begin < p->count; begin += block)
-                multiply_tile_many(v, first, rows, begin, smaller(begin + block, p->count), bias, tile, dot, y);
+                multiply_tile_many(v, first, rows, begin, smaller(begin + block, p->count), tile, dot);
     }
     free(memory);
     return PLLM_OK;
@@ -314,11 +312,10 @@ static size_t place(view *v, char *memory)
     return table + x + scales + sums + tail + OCTET_BYTES;
 }
 
-int PLLM_SYM(infer_multiply_integer)(const pllm_matrix *w, const float *x, ptrdiff_t n,
-                                     const float *bias, float *y, int in_tiles, int threads)
+int PLLM_SYM(infer_multiply_integer)(const pllm_product *p, int in_tiles, int threads)
 {
-    view v = view_of(w, n, in_tiles);
-    const ptrdiff_t work = w->out_features * v.count * (1 + v.table.d * n / 32);
+    view v = view_of(p, in_tiles);
+    const ptrdiff_t work = p->w->out_features * v.count * (1 + v.table.d * p->n / 32);
     const int used = (int)smaller(threads, 1 + work / WORK_PER_THREAD);
     char *const memory = pllm_alloc(place(&v, NULL));
     int status = PLLM_OK;
@@ -326,26 +323,26 @@ int PLLM_SYM(infer_multiply_integer)(const pllm_matrix *w, const float *x, ptrdi
         return PLLM_ENOMEM;
     place(&v, memory);
     memset(v.x_sum, 0, (size_t)v.tokens.width * sizeof *v.x_sum);
-    sum_tokens(w, x, n, v.x_sum);
+    sum_tokens(p, v.x_sum, used);
     if (is_few(&v))
-        quantise_few(&v, x);
+        quantise_few(&v);
 #if defined(PLLM_ISA_AVX512)
     else if (v.in_tiles)
-        quantise_in_tiles(&v, x, used);
+        quantise_in_tiles(&v, used);
 #endif
     else {
 #pragma omp parallel for num_threads(used) schedule(static) if (used > 1)
         for (ptrdiff_t i = 0; i < v.tokens.count; i++)
-            quantise_panel(&v, x, i);
+            quantise_panel(&v, i);
     }
     if (v.table.one_by_one)
-        multiply_one_by_one(&v, bias, y, used);
+        multiply_one_by_one(&v, used);
 #if defined(PLLM_ISA_AVX512)
     else if (v.in_tiles)
-        status = multiply_in_tiles(&v, bias, y, used);
+        status = multiply_in_tiles(&v, used);
 #endif
     else
-        status = multiply_several(&v, bias, y, used);
+        status = multiply_several(&v, used);
     free(memory);
     return status;
 }

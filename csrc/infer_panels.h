@@ -62,19 +62,22 @@ static inline void finish_tokens(const pllm_matrix *w, float factor, ptrdiff_t r
     }
 }
 
-/* y (n, out) of `rows` rows from `first` on and the tokens of the panels begin..end.
+/* The product of `rows` rows, at most TILE_ROWS, from `first` on and the tokens of the panels begin..end.
  * dot: finish_product's for each panel (tile_rows, its width); overwritten.  x_sum: (width of all panels). */
-static void finish_panels(const pllm_matrix *w, float factor, ptrdiff_t first, ptrdiff_t rows,
+static void finish_panels(const pllm_product *o, float factor, ptrdiff_t first, ptrdiff_t rows,
                           const panels *p, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t tile_rows, float *dot,
-                          const float *x_sum, const float *bias, float *y)
+                          const float *x_sum)
 {
+    float of_token[TILE_ROWS];
     for (ptrdiff_t i = begin; i < end; i++) {
         const ptrdiff_t width = panel_width(p, i), tokens = panel_tokens(p, i);
         for (ptrdiff_t r = 0; r < rows; r++)
-            finish_tokens(w, factor, first + r, width, x_sum + i * WIDE, bias, dot + r * width);
-        for (ptrdiff_t t = 0; t < tokens; t++)
+            finish_tokens(o->w, factor, first + r, width, x_sum + i * WIDE, o->bias, dot + r * width);
+        for (ptrdiff_t t = 0; t < tokens; t++) {
             for (ptrdiff_t r = 0; r < rows; r++)
-                y[(i * WIDE + t) * w->out_features + first + r] = dot[r * width + t];
+                of_token[r] = dot[r * width + t];
+            put_output(o, i * WIDE + t, first, rows, of_token);
+        }
         dot += tile_rows * width;
     }
 }

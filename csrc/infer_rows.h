@@ -70,7 +70,7 @@ PLLM_INLINE ptrdiff_t octets_in(const token_spans *token, ptrdiff_t s)
 }
 
 /* Asks for what lies `ahead` bytes behind `bytes` bytes of the payload: the processor's own guesses end with each
- * page. */
+ * page. Functions that do nothing else must be inlined, too: compilers leave out calls of them. */
 PLLM_INLINE void ask_ahead(const uint8_t *source, ptrdiff_t ahead, ptrdiff_t bytes)
 {
     for (ptrdiff_t i = 0; i < bytes; i += CACHE_LINE)

@@ -48,6 +48,8 @@ pllm_matmul_fn pllm_matmul_amx;
 
 /* Asks for memory that will be read soon. */
 #define PLLM_PREFETCH(pointer) __builtin_prefetch(pointer)
+/* The same, later: not into the first-level cache. */
+#define PLLM_PREFETCH_FAR(pointer) __builtin_prefetch(pointer, 0, 2)
 
 /* A function that is inlined wherever it is called, so that constant arguments are constants in it. */
 #if defined(PLLM_NO_UNROLL)

@@ -228,7 +228,8 @@ static int attend(const pllm_layer *l, const float *q, const pllm_past *p, float
 static int multiply(const pllm_layer *l, int which, const float *x, float *y,
                     enum pllm_activations activations, int threads)
 {
-    return PLLM_SYM(pllm_matmul)(&l->matrix[which], x, 1, l->bias[which], y, activations, threads);
+    return PLLM_SYM(pllm_matmul)(&l->matrix[which], x, 1, l->bias[which], y, PLLM_FLOAT32, activations,
+                                 threads);
 }
 
 /* Norms of heads and positions, of queries or keys.  x: (heads, head_width). */

@@ -212,7 +212,7 @@ static PyObject *matmul(PyObject *self, PyObject *args)
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    status = pllm_active()->matmul(&m.matrix, pllm_data(x), n, pllm_data(bias), pllm_data(out),
+    status = pllm_active()->matmul(&m.matrix, pllm_data(x), n, pllm_data(bias), pllm_data(out), PLLM_FLOAT32,
                                    (enum pllm_activations)activations, threads);
     Py_END_ALLOW_THREADS
     if (!pllm_succeeded(status))
@@ -262,23 +262,15 @@ const pllm_matrix *pllm_held_matrix(PyObject *capsule)
     return held ? &held->matrix : NULL;
 }
 
-/* y = x W' + bias as pllm_matmul, where bfloat16 is given or wanted. */
-static int multiply(const pllm_matrix *w, const void *x, ptrdiff_t n, int x_is_bfloat16, const void *bias,
+/* y = x W' + bias as pllm_matmul, where the bias may be bfloat16, too. */
+static int multiply(const pllm_matrix *w, const void *x, ptrdiff_t n, enum pllm_number number, const void *bias,
                     int bias_is_bfloat16, void *y, enum pllm_activations activations, int threads)
 {
-    const ptrdiff_t x_size = x_is_bfloat16 ? n * w->in_features : 0;
-    const ptrdiff_t y_size = x_is_bfloat16 ? n * w->out_features : 0;
-    const ptrdiff_t size = x_size + y_size + (bias_is_bfloat16 ? w->out_features : 0);
-    float *const memory = size ? malloc((size_t)size * sizeof *memory) : NULL;
-    if (size && !memory)
+    float *const memory = bias_is_bfloat16 ? malloc((size_t)(w->out_features + 1) * sizeof *memory) : NULL;
+    if (bias_is_bfloat16 && !memory)
         return PLLM_ENOMEM;
-    const float *const x_floats = pllm_as_floats(x, x_is_bfloat16, n * w->in_features, memory);
-    float *const product = x_is_bfloat16 ? memory + x_size : y;
-    const float *const bias_floats =
-        pllm_as_floats(bias, bias_is_bfloat16, w->out_features, memory + x_size + y_size);
-    const int status = pllm_active()->matmul(w, x_floats, n, bias_floats, product, activations, threads);
-    if (status == PLLM_OK && x_is_bfloat16)
-        pllm_active()->narrow(product, n * w->out_features, y);
+    const float *const floats = pllm_as_floats(bias, bias_is_bfloat16, w->out_features, memory);
+    const int status = pllm_active()->matmul(w, x, n, floats, y, number, activations, threads);
     free(memory);
     return status;
 }
@@ -305,7 +297,7 @@ static PyObject *matmul_at(PyObject *self, PyObject *const *args, Py_ssize_t cou
         return NULL;
 
     Py_BEGIN_ALLOW_THREADS
-    status = multiply(held, x, n, x_kind != 0, bias, bias && bias_kind, y,
+    status = multiply(held, x, n, x_kind ? PLLM_BFLOAT16 : PLLM_FLOAT32, bias, bias && bias_kind, y,
                       (enum pllm_activations)activations, (int)threads);
     Py_END_ALLOW_THREADS
     if (!pllm_succeeded(status))

@@ -181,7 +181,11 @@ enum pllm_activations {
     PLLM_ACTIVATIONS_INTEGER = 1 /* with int8 tables; with others and with decoders float32 is used */
 };
 
-/* y (n, out_features) = x (n, in_features) W' + bias, without ever holding W.
+/* What activations and products are stored as. */
+enum pllm_number { PLLM_FLOAT32 = 0, PLLM_BFLOAT16 = 1 };
+
+/* y (n, out_features) = x (n, in_features) W' + bias, without ever holding W. x and y: float32 or bfloat16, which
+ * is rounded from float32 to nearest, ties to even.
  * Float32: products are accumulated in float32; the error is below in_features * 2^-24 * (|x| |W|')
  * and usually near its square root.
  * Int16: each token is cut into spans of at most 512 columns; a span is rounded to multiples of an
@@ -189,8 +193,8 @@ enum pllm_activations {
  * at most 2^-13.9 of that magnitude, and one below 2^-100 may count as 0. A token with NaN or Inf in
  * it gives NaN.
  * bias: (out_features) or NULL.  Returns PLLM_OK or PLLM_ENOMEM. */
-typedef int pllm_matmul_fn(const pllm_matrix *w, const float *x, ptrdiff_t n, const float *bias,
-                           float *y, enum pllm_activations activations, int threads);
+typedef int pllm_matmul_fn(const pllm_matrix *w, const void *x, ptrdiff_t n, const float *bias, void *y,
+                           enum pllm_number number, enum pllm_activations activations, int threads);
 
 /* out[i] = the float32 that the bfloat16 x[i] is. */
 typedef void pllm_widen_fn(const uint16_t *x, ptrdiff_t n, float *out);

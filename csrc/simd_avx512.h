@@ -107,6 +107,29 @@ static inline void vi_sum4(int32_t *sums, vi a, vi b, vi c, vi d)
     _mm_storeu_si128((__m128i *)(void *)sums,
                      _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
 }
+/* a (16, 16): rows become columns. */
+static inline void vi_transpose(vi *a)
+{
+    vi fours[VF_WIDTH]; /* quarter L of [i + j]: rows i..i+3 of column 4 L + j */
+    for (int i = 0; i < VF_WIDTH; i += 4) {
+        const vi low = _mm512_unpacklo_epi32(a[i], a[i + 1]), high = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+        const vi low2 = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]), high2 = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
+        fours[i] = _mm512_unpacklo_epi64(low, low2);
+        fours[i + 1] = _mm512_unpackhi_epi64(low, low2);
+        fours[i + 2] = _mm512_unpacklo_epi64(high, high2);
+        fours[i + 3] = _mm512_unpackhi_epi64(high, high2);
+    }
+    for (int j = 0; j < 4; j++) {
+        const vi first = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x44);
+        const vi second = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x44);
+        const vi third = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xee);
+        const vi fourth = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xee);
+        a[j] = _mm512_shuffle_i32x4(first, second, 0x88);
+        a[4 + j] = _mm512_shuffle_i32x4(first, second, 0xdd);
+        a[8 + j] = _mm512_shuffle_i32x4(third, fourth, 0x88);
+        a[12 + j] = _mm512_shuffle_i32x4(third, fourth, 0xdd);
+    }
+}
 static inline vi vi_keep(vm m, vi a) { return _mm512_maskz_mov_epi32(m, a); }
 
 #ifdef PLLM_SIMDE

@@ -140,6 +140,24 @@ static double rounding_of(const infer_case *c, const float *x, int column)
     return bytes ? peak_around(x, c->in, column, 32) / 253.0 + span : span;
 }
 
+/* bfloat16 in and out: what its values give as float32, rounded. */
+static void check_matmul_bfloat16(const pllm_kernels *k, const fixture *f, enum pllm_activations form)
+{
+    const infer_case c = f->c;
+    const ptrdiff_t in = c.tokens * c.in, out = c.tokens * c.out;
+    uint16_t *x = new_bytes((size_t)in * sizeof *x), *y = new_bytes((size_t)out * sizeof *y);
+    uint16_t *want = new_bytes((size_t)out * sizeof *want);
+    float *wide = new_floats((size_t)in), *product = new_floats((size_t)out);
+    k->narrow(f->x, in, x);
+    k->widen(x, in, wide);
+    k->matmul(&f->matrix, wide, c.tokens, f->bias, product, PLLM_FLOAT32, form, 1);
+    k->narrow(product, out, want);
+    k->matmul(&f->matrix, x, c.tokens, f->bias, y, PLLM_BFLOAT16, form, 2);
+    CHECK(same_bits(y, want, (size_t)out * sizeof *y), "matmul in bfloat16, d %d tokens %d form %d", c.d, c.tokens,
+          (int)form);
+    free(x), free(y), free(want), free(wide), free(product);
+}
+
 static void check_matmul(const pllm_kernels *k, const fixture *f, enum pllm_activations form)
 {
     const infer_case c = f->c;
@@ -147,7 +165,7 @@ static void check_matmul(const pllm_kernels *k, const fixture *f, enum pllm_acti
     float *y = new_floats(size), *other = new_floats(size);
     const int rounded = form == PLLM_ACTIVATIONS_INTEGER && c.is_int8;
     double worst = 0.0;
-    int status = k->matmul(&f->matrix, f->x, c.tokens, f->bias, y, form, 1);
+    int status = k->matmul(&f->matrix, f->x, c.tokens, f->bias, y, PLLM_FLOAT32, form, 1);
     CHECK(status == PLLM_OK, "matmul returned %d", status);
     for (int t = 0; t < c.tokens; t++) {
         double *step = new_bytes((size_t)c.in * sizeof *step);
@@ -167,12 +185,13 @@ static void check_matmul(const pllm_kernels *k, const fixture *f, enum pllm_acti
     }
     CHECK(worst < 1.0, "matmul: error %g of what is allowed, d %d k %d in %d tokens %d form %d", worst, c.d,
           c.k, c.in, c.tokens, (int)form);
-    k->matmul(&f->matrix, f->x, c.tokens, f->bias, other, form, 3);
+    k->matmul(&f->matrix, f->x, c.tokens, f->bias, other, PLLM_FLOAT32, form, 3);
     CHECK(same_bits(y, other, size * sizeof(float)), "matmul depends on threads, tokens %d", c.tokens);
-    scalar_kernels()->matmul(&f->matrix, f->x, c.tokens, f->bias, other, form, 1);
+    scalar_kernels()->matmul(&f->matrix, f->x, c.tokens, f->bias, other, PLLM_FLOAT32, form, 1);
     CHECK(same_bits(y, other, size * sizeof(float)), "matmul differs from scalar, d %d tokens %d", c.d,
           c.tokens);
     free(y), free(other);
+    check_matmul_bfloat16(k, f, form);
 }
 
 /* A token's result in integers does not depend on the tokens beside it; NaN and Inf stay where they are. */
@@ -182,10 +201,10 @@ static void check_tokens_apart(const pllm_kernels *k, int d, int bits, int token
     float alone[9], *together = new_floats((size_t)(tokens * 9));
     fill_fixture(&f, k, (infer_case){9, 600, d, 1 << bits, bits, 1, DENSE, tokens}, 0);
     f.x[600 + 7] = INFINITY;
-    k->matmul(&f.matrix, f.x, tokens, f.bias, together, PLLM_ACTIVATIONS_INTEGER, 1);
+    k->matmul(&f.matrix, f.x, tokens, f.bias, together, PLLM_FLOAT32, PLLM_ACTIVATIONS_INTEGER, 1);
     for (int t = 0; t < tokens; t++) {
         const float *const here = together + t * 9;
-        k->matmul(&f.matrix, f.x + t * 600, 1, f.bias, alone, PLLM_ACTIVATIONS_INTEGER, 1);
+        k->matmul(&f.matrix, f.x + t * 600, 1, f.bias, alone, PLLM_FLOAT32, PLLM_ACTIVATIONS_INTEGER, 1);
         for (int r = 0; r < 9; r++)
             CHECK(t == 1 ? isnan(alone[r]) && isnan(here[r]) : alone[r] == here[r],
                   "token %d of %d, row %d: %g alone, %g together", t, tokens, r, (double)alone[r], (double)here[r]);
@@ -334,7 +353,7 @@ static void check_damaged(const pllm_kernels *k)
     k->decode_rows(&f.matrix, 4, NULL, 1, row, 1);
     for (int i = 0; i < 40; i++)
         CHECK(row[i] == f.table[2 * 4 + i % 4] * f.scale[4], "damaged payload: value %d", i);
-    CHECK(k->matmul(&f.matrix, f.x, 2, NULL, y, PLLM_ACTIVATIONS_FLOAT32, 1) == PLLM_OK, "damaged payload: product");
+    CHECK(k->matmul(&f.matrix, f.x, 2, NULL, y, PLLM_FLOAT32, PLLM_ACTIVATIONS_FLOAT32, 1) == PLLM_OK, "damaged payload: product");
     free_fixture(&f);
 }
 
