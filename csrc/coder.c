@@ -26,7 +26,7 @@ size_t PLLM_SYM(coder_tape_floats)(const coder_plan *p)
 
 size_t PLLM_SYM(coder_scratch_floats)(const coder_plan *p)
 {
-    return (3 * (size_t)p->d + (size_t)p->h) * (size_t)p->blocks * CODER_LANES;
+    return 3 * (size_t)p->d * (size_t)p->blocks * CODER_LANES;
 }
 
 static float *take(float **memory, const coder_plan *p, int channels)
@@ -54,11 +54,10 @@ float *PLLM_SYM(coder_scratch_place)(const coder_plan *p, float *memory, coder_s
     scratch->state = take(&memory, p, p->d);
     scratch->grad = take(&memory, p, p->d);
     scratch->spare = take(&memory, p, p->d);
-    scratch->hidden = take(&memory, p, p->h);
     return memory;
 }
 
-void PLLM_SYM(coder_load)(const float *rows, ptrdiff_t count, int d, float *blocks)
+PLLM_INLINE void rows_to_blocks(const float *rows, ptrdiff_t count, int d, float *blocks)
 {
     ptrdiff_t whole = count / CODER_LANES * CODER_LANES;
     for (ptrdiff_t i = 0; i < whole; i += CODER_LANES, blocks += d * CODER_LANES, rows += d * CODER_LANES)
@@ -73,14 +72,40 @@ void PLLM_SYM(coder_load)(const float *rows, ptrdiff_t count, int d, float *bloc
             blocks[c * CODER_LANES + lane] = rows[lane * d + c];
 }
 
-void PLLM_SYM(coder_store)(const float *blocks, ptrdiff_t count, int d, float *rows)
+PLLM_INLINE void blocks_to_rows(const float *blocks, ptrdiff_t count, int d, float *rows)
 {
-    for (; count > 0; count -= CODER_LANES, blocks += d * CODER_LANES, rows += d * CODER_LANES) {
-        int lanes = count < CODER_LANES ? (int)count : CODER_LANES;
-        for (int lane = 0; lane < lanes; lane++)
+    for (; count >= CODER_LANES; count -= CODER_LANES, blocks += d * CODER_LANES, rows += d * CODER_LANES)
+        for (int lane = 0; lane < CODER_LANES; lane++)
             for (int c = 0; c < d; c++)
                 rows[lane * d + c] = blocks[c * CODER_LANES + lane];
-    }
+    for (ptrdiff_t lane = 0; lane < count; lane++)
+        for (int c = 0; c < d; c++)
+            rows[lane * d + c] = blocks[c * CODER_LANES + lane];
+}
+
+/* Where d is a constant, compilers turn the loops into permutations. */
+void PLLM_SYM(coder_load)(const float *rows, ptrdiff_t count, int d, float *blocks)
+{
+    if (d == 2)
+        rows_to_blocks(rows, count, 2, blocks);
+    else if (d == 4)
+        rows_to_blocks(rows, count, 4, blocks);
+    else if (d == 8)
+        rows_to_blocks(rows, count, 8, blocks);
+    else
+        rows_to_blocks(rows, count, d, blocks);
+}
+
+void PLLM_SYM(coder_store)(const float *blocks, ptrdiff_t count, int d, float *rows)
+{
+    if (d == 2)
+        blocks_to_rows(blocks, count, 2, rows);
+    else if (d == 4)
+        blocks_to_rows(blocks, count, 4, rows);
+    else if (d == 8)
+        blocks_to_rows(blocks, count, 8, rows);
+    else
+        blocks_to_rows(blocks, count, d, rows);
 }
 
 /* ---- norms ----------------------------------------------------------------------------------- */
@@ -253,8 +278,7 @@ static void residual_pair_backward(const coder_plan *p, ptrdiff_t count, const f
     PLLM_SYM(coder_norm_backward)(p->norm, p->d, count, tape->output, tape->inverse[0], s->grad);
     for (int i = 2; i > 0; i--) {
         PLLM_SYM(coder_mlp_backward)(p->d, p->h, blocks, params + i * p->mlp_floats, &tape->mlp[i],
-                                     s->grad, s->hidden,
-                                     lane_grad + i * p->mlp_floats * CODER_LANES, s->spare);
+                                     s->grad, lane_grad + i * p->mlp_floats * CODER_LANES, s->spare);
         PLLM_SYM(coder_norm_backward)(p->norm, p->d, count, tape->mlp[i].in, tape->inverse[i],
                                       s->spare);
         add_to(s->grad, s->spare, blocks * p->d * CODER_LANES);
@@ -282,8 +306,8 @@ void PLLM_SYM(coder_encode_backward)(const coder_plan *p, ptrdiff_t count, const
 {
     ptrdiff_t blocks = ceil_div(count, CODER_LANES);
     residual_pair_backward(p, count, params, tape, s, lane_grad);
-    PLLM_SYM(coder_mlp_backward)(p->d, p->h, blocks, params, &tape->mlp[0], s->grad, s->hidden,
-                                 lane_grad, want_input ? s->spare : NULL);
+    PLLM_SYM(coder_mlp_backward)(p->d, p->h, blocks, params, &tape->mlp[0], s->grad, lane_grad,
+                                 want_input ? s->spare : NULL);
     if (want_input)
         memcpy(s->grad, s->spare, (size_t)(blocks * p->d) * CODER_LANES * sizeof *s->grad);
 }
@@ -292,8 +316,8 @@ void PLLM_SYM(coder_decode_backward)(const coder_plan *p, ptrdiff_t count, const
                                      const coder_tape *tape, const coder_scratch *s, float *lane_grad)
 {
     ptrdiff_t blocks = ceil_div(count, CODER_LANES);
-    PLLM_SYM(coder_mlp_backward)(p->d, p->h, blocks, params, &tape->mlp[0], s->grad, s->hidden,
-                                 lane_grad, s->spare);
+    PLLM_SYM(coder_mlp_backward)(p->d, p->h, blocks, params, &tape->mlp[0], s->grad, lane_grad,
+                                 s->spare);
     memcpy(s->grad, s->spare, (size_t)(blocks * p->d) * CODER_LANES * sizeof *s->grad);
     residual_pair_backward(p, count, params, tape, s, lane_grad);
 }

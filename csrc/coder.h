@@ -44,9 +44,9 @@ typedef struct {
     ptrdiff_t mlp_floats;      /* parameters of one MLP */
 } coder_plan;
 
-/* What a unit is computed in. state, grad: d a block.  hidden: h a block. */
+/* What a unit is computed in: d a block each. */
 typedef struct {
-    float *state, *grad, *spare, *hidden;
+    float *state, *grad, *spare;
 } coder_scratch;
 
 coder_plan PLLM_SYM(coder_plan_of)(int d, int h, int norm, ptrdiff_t count, ptrdiff_t row_count);
@@ -73,10 +73,10 @@ void PLLM_SYM(coder_norm_backward)(int norm, int d, ptrdiff_t count, const float
 void PLLM_SYM(coder_mlp)(int d, int h, ptrdiff_t blocks, const float *params, const mlp_tape *tape,
                          int train, float *out);
 /* Adds the parameters' gradients to lane_grad (16 floats a parameter); grad_in gets the gradient of
- * the input.  hidden: h a block, overwritten. */
+ * the input. tape->slope becomes the gradient of the hidden layer before gelu. */
 void PLLM_SYM(coder_mlp_backward)(int d, int h, ptrdiff_t blocks, const float *params,
-                                  const mlp_tape *tape, const float *grad_out, float *hidden,
-                                  float *lane_grad, float *grad_in);
+                                  const mlp_tape *tape, const float *grad_out, float *lane_grad,
+                                  float *grad_in);
 
 /* Encoder: tape->mlp[0].in -> tape->output.  Decoder: scratch->state -> out. */
 void PLLM_SYM(coder_encode)(const coder_plan *plan, ptrdiff_t count, const float *params,

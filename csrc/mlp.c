@@ -104,7 +104,7 @@ static const float *unit_backward(const pass *p, const pass_memory *m, ptrdiff_t
     PLLM_SYM(coder_load)(p->grad + first * plan->d, count, plan->d, s->grad);
     if (p->kind == PASS_MLP) {
         PLLM_SYM(coder_mlp_backward)(plan->d, plan->h, (count + CODER_LANES - 1) / CODER_LANES,
-                                     p->params, &m->tape.mlp[0], s->grad, s->hidden, m->lane_grad,
+                                     p->params, &m->tape.mlp[0], s->grad, m->lane_grad,
                                      s->spare);
         return s->spare;
     }

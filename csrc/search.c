@@ -67,12 +67,17 @@ void PLLM_SYM(pllm_codebook_prepare)(pllm_codebook *cb, const float *codebook, i
 /* Brings n <= QUERIES queries into lanes; the last group is filled up with the last query. */
 PLLM_INLINE void load_queries(pass *p, const float *z, int n, int d)
 {
-    int padded = (n + GROUP - 1) / GROUP * GROUP;
-    for (int i = 0; i < padded; i++) {
-        const float *from = z + (ptrdiff_t)(i < n ? i : n - 1) * d;
-        float *to = p->lanes + (ptrdiff_t)(i / GROUP) * GROUP * d + i % GROUP;
+    const int padded = (n + GROUP - 1) / GROUP * GROUP, whole = n / GROUP * GROUP;
+    for (int i = 0; i < whole; i += GROUP) /* what compilers turn into permutations */
         for (int j = 0; j < d; j++)
-            to[j * GROUP] = from[j];
+            for (int lane = 0; lane < GROUP; lane++)
+                p->lanes[(i * d) + j * GROUP + lane] = z[(i + lane) * d + j];
+    for (int i = whole; i < padded; i++) {
+        const float *from = z + (i < n ? i : n - 1) * d;
+        for (int j = 0; j < d; j++)
+            p->lanes[whole * d + j * GROUP + i % GROUP] = from[j];
+    }
+    for (int i = 0; i < padded; i++) {
         p->best[i] = INFINITY;
         p->block[i] = 0;
     }

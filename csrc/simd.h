@@ -5,7 +5,7 @@
  * Memory  vf_load vf_store vi_load vi_store (unaligned), vf_set1 vf_zero vi_set1,
  *         vi_iota = 0, 1, 2, ...;  vf_gather(base, index) = base[index[lane]];
  *         vi_load_i8 vi_load_u8 vi_load_u16: VF_WIDTH small integers, widened; vf_load_i8: to float
- * Float   vf_add vf_sub vf_mul vf_div vf_sqrt vf_neg vf_abs,
+ * Float   vf_add vf_sub vf_mul vf_div vf_sqrt vf_neg vf_abs, vf_sign: 1, or -1 where the sign bit is set,
  *         vf_fma(a, b, c) = a b + c and vf_fnma(a, b, c) = c - a b, both rounded once,
  *         vf_min(a, b) = a < b ? a : b and vf_max(a, b) = a > b ? a : b (so b if either is NaN),
  *         vf_rint: nearest integer, ties to even

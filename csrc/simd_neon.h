@@ -80,6 +80,7 @@ static inline vf vf_max(vf a, vf b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 static inline vf vf_sqrt(vf a) { return vsqrtq_f32(a); }
 static inline vf vf_neg(vf a) { return vnegq_f32(a); }
 static inline vf vf_abs(vf a) { return vabsq_f32(a); }
+static inline vf vf_sign(vf a) { return vbslq_f32(vdupq_n_u32(0x80000000u), a, vdupq_n_f32(1.0f)); }
 static inline vf vf_rint(vf a) { return vrndnq_f32(a); }
 static inline vf vf_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 static inline vf vf_fnma(vf a, vf b, vf c) { return vfmsq_f32(c, a, b); }

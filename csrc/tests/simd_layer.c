@@ -66,6 +66,7 @@ static void check_floats(int round)
     FLOATS(vf_sqrt(a), sqrtf(x[i]));
     FLOATS(vf_neg(a), -x[i]);
     FLOATS(vf_abs(a), fabsf(x[i]));
+    FLOATS(vf_sign(a), copysignf(1.0f, x[i]));
     FLOATS(vf_rint(a), rintf(x[i]));
     FLOATS(vf_fma(a, b, c), fmaf(x[i], y[i], z[i]));
     FLOATS(vf_fnma(a, b, c), fmaf(-x[i], y[i], z[i]));
