@@ -448,6 +448,19 @@ PLLM_INLINE int search_group(const cell *c, const float *z, const int32_t *at, i
     return count;
 }
 
+/* The same with as few vectors as hold them. */
+PLLM_INLINE int search_lanes(const cell *c, const float *z, const int32_t *at, int size, int32_t *left,
+                             int32_t *index, float *error, const int d)
+{
+    if (VECTORS > 3 && size > 3 * VF_WIDTH)
+        return search_group(c, z, at, size, left, index, error, VECTORS, d);
+    if (VECTORS > 2 && size > 2 * VF_WIDTH)
+        return search_group(c, z, at, size, left, index, error, VECTORS > 2 ? 3 : VECTORS, d);
+    if (VECTORS > 1 && size > VF_WIDTH)
+        return search_group(c, z, at, size, left, index, error, VECTORS > 1 ? 2 : VECTORS, d);
+    return search_group(c, z, at, size, left, index, error, 1, d);
+}
+
 PLLM_INLINE int search_cells(const pllm_tree *tree, const float *z, int32_t *sorted,
                              const int32_t *end, int32_t *index, float *error, const int d)
 {
@@ -462,10 +475,7 @@ PLLM_INLINE int search_cells(const pllm_tree *tree, const float *z, int32_t *sor
             const int rest = end[i] - at, size = rest < GROUP ? rest : GROUP;
             for (int k = at + GROUP; k < at + 2 * GROUP && k < count; k++)
                 PLLM_PREFETCH(z + (ptrdiff_t)sorted[k] * d);
-            if (size > VF_WIDTH)
-                left += search_group(&c, z, sorted + at, size, sorted + left, index, error, VECTORS, d);
-            else
-                left += search_group(&c, z, sorted + at, size, sorted + left, index, error, 1, d);
+            left += search_lanes(&c, z, sorted + at, size, sorted + left, index, error, d);
             at += size;
         }
     }
