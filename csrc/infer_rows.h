@@ -103,8 +103,10 @@ typedef struct row_table row_table;
  * by up to TARGET_SLACK values without meaning. Reads up to OCTET_BYTES from the start of each octet. */
 typedef void decode_fn(const row_table *t, const uint8_t *source, ptrdiff_t octets, int16_t *target);
 
-/* The same as bytes, with as many behind them. */
-typedef void decode_bytes_fn(const row_table *t, const uint8_t *source, ptrdiff_t octets, int8_t *target);
+/* The same as bytes, with as many behind them; where the table is_in_chunks, each 64 of them `apart` bytes from the
+ * next. */
+typedef void decode_bytes_fn(const row_table *t, const uint8_t *source, ptrdiff_t octets, int8_t *target,
+                             ptrdiff_t apart);
 
 /* dot (count rounded up to DOT_TOGETHER) = the products of `count` rows of the matrix, `stride` bytes apart, with the
  * token. */
@@ -136,7 +138,7 @@ static void copy_row(const pllm_codec *c, int pairing, int row, int8_t *target)
  *   span_width(table, span)               values of a span as laid out for the products
  *   arrange(table, span, q, target)       lays it out
  *   functions_for(table)                  how it is read
- *   bytes_decoder_for(table)              how it is read into bytes; on AVX-512, for tiles
+ *   bytes_decoder_for, is_in_chunks       how it is read into bytes; on AVX-512, for tiles
  *   DOT_TOGETHER                          rows of the matrix that dot takes at a time
  *   OCTET_BYTES                           what reading an octet may touch from its first byte on
  *   TARGET_SLACK                          values behind a decoded span that may be written */

@@ -44,6 +44,9 @@ struct row_table {
 
 static int has_planes(const row_table *t) { return t->stride == 0; }
 
+/* Whether decoded values come 64 at a time, which may stand anywhere, and none behind the last 64 of a span. */
+static int is_in_chunks(const row_table *t) { return has_planes(t) || (t->d == 4 && t->stride == 4); }
+
 /* Vectors of a plane. */
 static int plane_vectors(int bits) { return bits <= 6 ? 1 : 1 << (bits - 6); }
 
@@ -471,14 +474,14 @@ PLLM_INLINE void put_values(void *target, ptrdiff_t at, __m512i values, int wide
         _mm512_storeu_si512((int8_t *)target + at, values);
 }
 
-/* target: by planes, as the activations are. */
+/* target: by planes, as the activations are; each 64 values `apart` values from the next. */
 PLLM_INLINE void decode_planes(const row_table *t, const uint8_t *source, ptrdiff_t octets, void *target,
-                               int vectors, int wide)
+                               ptrdiff_t apart, int vectors, int wide)
 {
     for (ptrdiff_t to = 0; octets > 0; octets -= 8, source += 8 * t->bits) {
         const index_chunk k = next_chunk(t, source, vectors);
         const int8_t *at = t->rows;
-        for (int j = 0; j < t->d; j++, to += CHUNK) {
+        for (int j = 0; j < t->d; j++, to += apart) {
             __m512i plane[4];
             for (int i = 0; i < vectors; i++, at += CHUNK)
                 plane[i] = load_64(at);
@@ -540,13 +543,13 @@ PLLM_INLINE void dot_span_gathered(const row_table *t, const uint8_t *const *sou
         products[r] = sum_of_bytes(s + r);
 }
 
-/* The rows of `cuts` cuts, from target[to] on. All are gathered before any is stored: a gather waits for the stores
- * before it. */
+/* The rows of `cuts` cuts, from target[to] on, those of each vector `length` values from the next. All are gathered
+ * before any is stored: a gather waits for the stores before it. */
 PLLM_INLINE void decode_cuts(const row_table *t, const uint8_t *source, int cuts, void *target, ptrdiff_t to,
-                             int stride, int wide)
+                             ptrdiff_t length, int stride, int wide)
 {
     const __m512i pack = load_64(t->pack);
-    const int vectors = gathered_vectors(stride), length = CHUNK / stride * t->d;
+    const int vectors = gathered_vectors(stride);
     __m512i values[2 * CUTS_TOGETHER];
     PLLM_UNROLL
     for (int i = 0; i < cuts; i++)
@@ -556,18 +559,20 @@ PLLM_INLINE void decode_cuts(const row_table *t, const uint8_t *source, int cuts
         put_values(target, to + i * length, _mm512_permutexvar_epi8(pack, values[i]), wide);
 }
 
-/* target: row after row, without what fills them up to the table's stride. */
+/* target: row after row, without what fills them up to the table's stride; in chunks, each 64 values `apart` values from
+ * the next. */
 PLLM_INLINE void decode_gathered(const row_table *t, const uint8_t *source, ptrdiff_t octets, void *target,
-                                 int stride, int wide)
+                                 ptrdiff_t apart, int stride, int wide)
 {
-    const ptrdiff_t step = gathered_octets(stride), length = gathered_vectors(stride) * (CHUNK / stride) * t->d;
+    const ptrdiff_t step = gathered_octets(stride), length = is_in_chunks(t) ? apart : CHUNK / stride * t->d;
+    const ptrdiff_t cut = gathered_vectors(stride) * length;
     ptrdiff_t to = 0;
-    for (; octets >= CUTS_TOGETHER * step; octets -= CUTS_TOGETHER * step, to += CUTS_TOGETHER * length) {
-        decode_cuts(t, source, CUTS_TOGETHER, target, to, stride, wide);
+    for (; octets >= CUTS_TOGETHER * step; octets -= CUTS_TOGETHER * step, to += CUTS_TOGETHER * cut) {
+        decode_cuts(t, source, CUTS_TOGETHER, target, to, length, stride, wide);
         source += CUTS_TOGETHER * step * t->bits;
     }
-    for (; octets > 0; octets -= step, source += step * t->bits, to += length)
-        decode_cuts(t, source, 1, target, to, stride, wide);
+    for (; octets > 0; octets -= step, source += step * t->bits, to += cut)
+        decode_cuts(t, source, 1, target, to, length, stride, wide);
 }
 
 /* ---- all rows -------------------------------------------------------------------------------- */
@@ -640,12 +645,12 @@ DOT_FUNCTION(GATHER, 0, 16)
     static void decode_##FORM##_##SIZE(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
                                        int16_t *target) \
     { \
-        decode_##FORM(t, source, octets, target, SIZE, 1); \
+        decode_##FORM(t, source, octets, target, CHUNK, SIZE, 1); \
     } \
     static void decode_##FORM##_to_bytes_##SIZE(const row_table *t, const uint8_t *source, ptrdiff_t octets, \
-                                                int8_t *target) \
+                                                int8_t *target, ptrdiff_t apart) \
     { \
-        decode_##FORM(t, source, octets, target, SIZE, 0); \
+        decode_##FORM(t, source, octets, target, apart, SIZE, 0); \
     }
 DECODE_FUNCTIONS(planes, 1)
 DECODE_FUNCTIONS(planes, 2)

@@ -112,11 +112,12 @@ PLLM_INLINE void ask_for_indices(const view *v, const tile_block *b, ptrdiff_t r
 static void decode_pair(const view *v, const tile_block *b, ptrdiff_t first, ptrdiff_t s, int8_t *row, int8_t *w)
 {
     decode_bytes_fn *const decode = bytes_decoder_for(&v->table);
+    const int at_once = is_in_chunks(&v->table); /* else through `row` */
     const ptrdiff_t bytes = v->span / OCTET * v->table.bits, end = smaller(first + PAIR_ROWS, v->w->out_features);
     for (ptrdiff_t r = first; r < end; r++, w += STEP) {
         ask_for_indices(v, b, r, s);
-        decode(&v->table, row_source(v, r) + s * bytes, octets_of(v, s), row);
-        for (ptrdiff_t i = 0; i < v->width; i += STEP)
+        decode(&v->table, row_source(v, r) + s * bytes, octets_of(v, s), at_once ? w : row, PAIR_ROWS * STEP);
+        for (ptrdiff_t i = 0; i < v->width && !at_once; i += STEP)
             memcpy(w + i * PAIR_ROWS, row + i, STEP);
         if (r % 4 == 3)
             TILE_DOT_SIGNED(0, 4, 6); /* for nothing: tiles that rest for long wake up slowly */
