@@ -32,7 +32,8 @@ static inline const float *input_of(const pllm_product *p, ptrdiff_t token, ptrd
 }
 
 /* `count` values of a token's product from a row on. */
-static inline void put_output(const pllm_product *p, ptrdiff_t token, ptrdiff_t row, ptrdiff_t count, const float *values)
+static inline void put_output(const pllm_product *p, ptrdiff_t token, ptrdiff_t row, ptrdiff_t count,
+                              const float *values)
 {
     const ptrdiff_t at = token * p->w->out_features + row;
     if (p->number == PLLM_FLOAT32)

@@ -559,8 +559,8 @@ PLLM_INLINE void decode_cuts(const row_table *t, const uint8_t *source, int cuts
         put_values(target, to + i * length, _mm512_permutexvar_epi8(pack, values[i]), wide);
 }
 
-/* target: row after row, without what fills them up to the table's stride; in chunks, each 64 values `apart` values from
- * the next. */
+/* target: row after row, without what fills them up to the table's stride; in chunks, each 64 values `apart` values
+ * from the next. */
 PLLM_INLINE void decode_gathered(const row_table *t, const uint8_t *source, ptrdiff_t octets, void *target,
                                  ptrdiff_t apart, int stride, int wide)
 {

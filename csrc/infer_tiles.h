@@ -55,7 +55,8 @@ static void put_tiles(const token_bytes *bytes, ptrdiff_t width, uint8_t *tiles)
         }
 }
 
-/* Asks for a token's values of a span: they lie too far from those of the token before it for the processor to do so. */
+/* Asks for a token's values of a span, which lie too far from those of the token before it for the processor to do
+ * so. */
 PLLM_INLINE void ask_for_input(const view *v, ptrdiff_t token, ptrdiff_t s)
 {
     const pllm_product *const p = v->product;
@@ -259,8 +260,8 @@ static void finish_block(const view *v, const tile_block *b, const float *dot)
     }
 }
 
-/* Rows of a block, as many as leave each thread some; or a pair, where activations stay in the cache anyway and no table
- * has to be fetched again after each pair's products. */
+/* Rows of a block, as many as leave each thread some; or a pair, where activations stay in the cache anyway and no
+ * table has to be fetched again after each pair's products. */
 static ptrdiff_t block_rows(const view *v, int threads)
 {
     const ptrdiff_t share = round_up(v->w->out_features / (4 * threads), PAIR_ROWS);

@@ -71,7 +71,7 @@ PLLM_INLINE void load_queries(pass *p, const float *z, int n, int d)
     for (int i = 0; i < whole; i += GROUP) /* what compilers turn into permutations */
         for (int j = 0; j < d; j++)
             for (int lane = 0; lane < GROUP; lane++)
-                p->lanes[(i * d) + j * GROUP + lane] = z[(i + lane) * d + j];
+                p->lanes[i * d + j * GROUP + lane] = z[(i + lane) * d + j];
     for (int i = whole; i < padded; i++) {
         const float *from = z + (i < n ? i : n - 1) * d;
         for (int j = 0; j < d; j++)
