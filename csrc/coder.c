@@ -57,7 +57,7 @@ float *PLLM_SYM(coder_scratch_place)(const coder_plan *p, float *memory, coder_s
     return memory;
 }
 
-PLLM_INLINE void rows_to_blocks(const float *rows, ptrdiff_t count, int d, float *blocks)
+PLLM_INLINE void rows_to_blocks(int d, const float *rows, ptrdiff_t count, float *blocks)
 {
     ptrdiff_t whole = count / CODER_LANES * CODER_LANES;
     for (ptrdiff_t i = 0; i < whole; i += CODER_LANES, blocks += d * CODER_LANES, rows += d * CODER_LANES)
@@ -72,7 +72,7 @@ PLLM_INLINE void rows_to_blocks(const float *rows, ptrdiff_t count, int d, float
             blocks[c * CODER_LANES + lane] = rows[lane * d + c];
 }
 
-PLLM_INLINE void blocks_to_rows(const float *blocks, ptrdiff_t count, int d, float *rows)
+PLLM_INLINE void blocks_to_rows(int d, const float *blocks, ptrdiff_t count, float *rows)
 {
     for (; count >= CODER_LANES; count -= CODER_LANES, blocks += d * CODER_LANES, rows += d * CODER_LANES)
         for (int lane = 0; lane < CODER_LANES; lane++)
@@ -86,26 +86,12 @@ PLLM_INLINE void blocks_to_rows(const float *blocks, ptrdiff_t count, int d, flo
 /* Where d is a constant, compilers turn the loops into permutations. */
 void PLLM_SYM(coder_load)(const float *rows, ptrdiff_t count, int d, float *blocks)
 {
-    if (d == 2)
-        rows_to_blocks(rows, count, 2, blocks);
-    else if (d == 4)
-        rows_to_blocks(rows, count, 4, blocks);
-    else if (d == 8)
-        rows_to_blocks(rows, count, 8, blocks);
-    else
-        rows_to_blocks(rows, count, d, blocks);
+    CODER_CONSTANT_D(rows_to_blocks, d, rows, count, blocks);
 }
 
 void PLLM_SYM(coder_store)(const float *blocks, ptrdiff_t count, int d, float *rows)
 {
-    if (d == 2)
-        blocks_to_rows(blocks, count, 2, rows);
-    else if (d == 4)
-        blocks_to_rows(blocks, count, 4, rows);
-    else if (d == 8)
-        blocks_to_rows(blocks, count, 8, rows);
-    else
-        blocks_to_rows(blocks, count, d, rows);
+    CODER_CONSTANT_D(blocks_to_rows, d, blocks, count, rows);
 }
 
 /* ---- norms ----------------------------------------------------------------------------------- */

@@ -201,7 +201,7 @@ static int is_near(const view *v) { return 2 * v->tokens.width * v->spans * v->w
 static void multiply_block(const view *v, const tile_block *b, tile_memory *m)
 {
     const ptrdiff_t steps = v->width / STEP, lines = 2 * TILE_TOKENS * v->width / CACHE_LINE;
-    const ptrdiff_t per_step = (lines * PAIR_ROWS - 1) / (b->rows * steps) + 1;
+    const ptrdiff_t per_step = is_near(v) ? 0 : (lines * PAIR_ROWS - 1) / (b->rows * steps) + 1;
     int turn = 0;
     ptrdiff_t done = 0;
     memset(m->dot, 0, (size_t)((b->end - b->begin) * b->rows) * sizeof *m->dot);
@@ -215,7 +215,7 @@ static void multiply_block(const view *v, const tile_block *b, tile_memory *m)
             const uint8_t *const x = (const uint8_t *)(v->x + at * v->width);
             const uint8_t *far = x + lines * CACHE_LINE;
             for (ptrdiff_t r = 0; r < b->rows; r += PAIR_ROWS, far += per_step * steps * CACHE_LINE) {
-                const tile_operands o = {m->w + r * v->width, x, far, steps, is_near(v) ? 0 : per_step};
+                const tile_operands o = {m->w + r * v->width, x, far, steps, per_step};
                 multiply_tiles(&o, m->sums + !turn, m->sums + turn);
                 m->sums[turn].scale = vf_load(v->x_scale + at);
                 m->sums[turn].dot = m->dot + (t - b->begin) * b->rows + r * TILE_TOKENS;

@@ -51,7 +51,7 @@ static step_memory place(const step_state *t, float *memory)
 }
 
 /* Codewords of sub-vectors first.. as blocks; lanes behind the last get zeros. */
-PLLM_INLINE void gather_codewords(const pllm_step *s, ptrdiff_t first, ptrdiff_t count, const int d,
+PLLM_INLINE void gather_codewords(const int d, const pllm_step *s, ptrdiff_t first, ptrdiff_t count,
                                   float *blocks)
 {
     const ptrdiff_t used = (count + CODER_LANES - 1) / CODER_LANES;
@@ -62,16 +62,6 @@ PLLM_INLINE void gather_codewords(const pllm_step *s, ptrdiff_t first, ptrdiff_t
         for (int c = 0; c < d; c++)
             out[c * CODER_LANES] = codeword[c];
     }
-}
-
-static void load_codewords(const pllm_step *s, ptrdiff_t first, ptrdiff_t count, float *blocks)
-{
-    if (s->coder.d == 4)
-        gather_codewords(s, first, count, 4, blocks);
-    else if (s->coder.d == 8)
-        gather_codewords(s, first, count, 8, blocks);
-    else
-        gather_codewords(s, first, count, s->coder.d, blocks);
 }
 
 /* Weights of the squared errors as blocks; lanes behind the last get zeros. */
@@ -143,7 +133,7 @@ static void run_unit(const step_state *t, const step_memory *m, ptrdiff_t first,
     PLLM_SYM(coder_store)(m->encoder.output, count, d, s->latents + first * d);
     PLLM_SYM(pllm_search_slice)(&t->codebook, s->latents + first * d, count, s->index + first, NULL,
                                 m->search);
-    load_codewords(s, first, count, m->code);
+    CODER_CONSTANT_D(gather_codewords, d, s, first, count, m->code);
     load_factor(s, first, count, m->factor);
     memcpy(m->scratch.state, m->code, (size_t)used * sizeof *m->code);
     PLLM_SYM(coder_decode)(plan, count, s->decoder, &m->decoder, 1, &m->scratch, m->decoded);
@@ -177,7 +167,7 @@ static void run_chunk(const step_state *t, const step_memory *m, ptrdiff_t chunk
 }
 
 /* In order of the sub-vectors: the same for any number of threads. */
-PLLM_INLINE void add_pulls(const pllm_step *s, ptrdiff_t count, const int d, float pull)
+PLLM_INLINE void add_pulls(const int d, const pllm_step *s, ptrdiff_t count, float pull)
 {
     for (ptrdiff_t i = 0; i < count; i++) {
         const float *codeword = s->codebook + (ptrdiff_t)s->index[i] * d, *z = s->latents + i * d;
@@ -193,12 +183,7 @@ static void codebook_gradient(const pllm_step *s, ptrdiff_t count)
     const int d = s->coder.d;
     const float pull = (float)(2.0 * (double)s->codebook_loss / ((double)count * d));
     memset(s->grad_codebook, 0, (size_t)s->k * (size_t)d * sizeof *s->grad_codebook);
-    if (d == 4)
-        add_pulls(s, count, 4, pull);
-    else if (d == 8)
-        add_pulls(s, count, 8, pull);
-    else
-        add_pulls(s, count, d, pull);
+    CODER_CONSTANT_D(add_pulls, d, s, count, pull);
 }
 
 static void gather_results(step_state *t, pllm_step *s)

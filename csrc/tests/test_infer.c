@@ -353,7 +353,8 @@ static void check_damaged(const pllm_kernels *k)
     k->decode_rows(&f.matrix, 4, NULL, 1, row, 1);
     for (int i = 0; i < 40; i++)
         CHECK(row[i] == f.table[2 * 4 + i % 4] * f.scale[4], "damaged payload: value %d", i);
-    CHECK(k->matmul(&f.matrix, f.x, 2, NULL, y, PLLM_FLOAT32, PLLM_ACTIVATIONS_FLOAT32, 1) == PLLM_OK, "damaged payload: product");
+    CHECK(k->matmul(&f.matrix, f.x, 2, NULL, y, PLLM_FLOAT32, PLLM_ACTIVATIONS_FLOAT32, 1) == PLLM_OK,
+          "damaged payload: product");
     free_fixture(&f);
 }
 
