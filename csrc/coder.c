@@ -86,12 +86,12 @@ PLLM_INLINE void blocks_to_rows(int d, const float *blocks, ptrdiff_t count, flo
 /* Where d is a constant, compilers turn the loops into permutations. */
 void PLLM_SYM(coder_load)(const float *rows, ptrdiff_t count, int d, float *blocks)
 {
-    CODER_CONSTANT_D(rows_to_blocks, d, rows, count, blocks);
+    PLLM_CONSTANT_D(rows_to_blocks, d, rows, count, blocks);
 }
 
 void PLLM_SYM(coder_store)(const float *blocks, ptrdiff_t count, int d, float *rows)
 {
-    CODER_CONSTANT_D(blocks_to_rows, d, blocks, count, rows);
+    PLLM_CONSTANT_D(blocks_to_rows, d, blocks, count, rows);
 }
 
 /* ---- norms ----------------------------------------------------------------------------------- */

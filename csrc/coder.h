@@ -49,13 +49,6 @@ typedef struct {
     float *state, *grad, *spare;
 } coder_scratch;
 
-/* function(d, ...), an inline one, with the common sizes of a sub-vector as constants to the compiler. */
-#define CODER_CONSTANT_D(function, d, ...) \
-    ((d) == 2   ? function(2, __VA_ARGS__) \
-     : (d) == 4 ? function(4, __VA_ARGS__) \
-     : (d) == 8 ? function(8, __VA_ARGS__) \
-                : function(d, __VA_ARGS__))
-
 coder_plan PLLM_SYM(coder_plan_of)(int d, int h, int norm, ptrdiff_t count, ptrdiff_t row_count);
 
 /* Floats of a tape and of a scratch; the *_place functions hand out the memory and return its end. */

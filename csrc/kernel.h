@@ -58,6 +58,14 @@ pllm_matmul_fn pllm_matmul_amx;
 #define PLLM_INLINE static inline __attribute__((always_inline))
 #endif
 
+/* function(d, ...), an inline one, with the common sizes of a sub-vector as constants to the compiler. */
+#define PLLM_CONSTANT_D(function, d, ...) \
+    ((d) == 1   ? function(1, __VA_ARGS__) \
+     : (d) == 2 ? function(2, __VA_ARGS__) \
+     : (d) == 4 ? function(4, __VA_ARGS__) \
+     : (d) == 8 ? function(8, __VA_ARGS__) \
+                : function(d, __VA_ARGS__))
+
 /* 64 bits from p, first byte lowest. */
 PLLM_INLINE uint64_t pllm_load_word(const uint8_t *p)
 {

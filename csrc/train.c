@@ -133,7 +133,7 @@ static void run_unit(const step_state *t, const step_memory *m, ptrdiff_t first,
     PLLM_SYM(coder_store)(m->encoder.output, count, d, s->latents + first * d);
     PLLM_SYM(pllm_search_slice)(&t->codebook, s->latents + first * d, count, s->index + first, NULL,
                                 m->search);
-    CODER_CONSTANT_D(gather_codewords, d, s, first, count, m->code);
+    PLLM_CONSTANT_D(gather_codewords, d, s, first, count, m->code);
     load_factor(s, first, count, m->factor);
     memcpy(m->scratch.state, m->code, (size_t)used * sizeof *m->code);
     PLLM_SYM(coder_decode)(plan, count, s->decoder, &m->decoder, 1, &m->scratch, m->decoded);
@@ -183,7 +183,7 @@ static void codebook_gradient(const pllm_step *s, ptrdiff_t count)
     const int d = s->coder.d;
     const float pull = (float)(2.0 * (double)s->codebook_loss / ((double)count * d));
     memset(s->grad_codebook, 0, (size_t)s->k * (size_t)d * sizeof *s->grad_codebook);
-    CODER_CONSTANT_D(add_pulls, d, s, count, pull);
+    PLLM_CONSTANT_D(add_pulls, d, s, count, pull);
 }
 
 static void gather_results(step_state *t, pllm_step *s)
