@@ -238,14 +238,6 @@ done:
     return status;
 }
 
-/* Is it worth building a tree for n queries? Measured: with fewer codewords the scan is as quick, and
- * with fewer queries than 40000 / d building takes longer than what is gained. */
-static int tree_pays(ptrdiff_t n, int k, int d)
-{
-    const int enough = d <= 4 ? 2048 : d <= 8 ? 4096 : d <= 12 ? 16384 : PLLM_MAX_CODEWORDS + 1;
-    return n >= 40000 / d && (k >= enough || tree_lists_pay(n, k, d));
-}
-
 int PLLM_SYM(pllm_nearest)(const float *z, ptrdiff_t n, const float *codebook, int k, int d,
                            const float *weight, const float *bias, int32_t *index, float *error,
                            int threads)

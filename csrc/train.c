@@ -1,5 +1,6 @@
 /* train.c - the straight-through training step, Adam, and the sums of Lloyd's iteration. */
 #include "coder.h"
+#include "tree.h"
 
 #include <omp.h>
 
@@ -16,6 +17,7 @@ typedef struct {
 typedef struct {
     const pllm_step *step;
     coder_plan plan;
+    int by_tree; /* latents are searched for all at once, before anything else, and encoded twice */
     pllm_codebook codebook;
     ptrdiff_t params_count;
     float *partial_encoder, *partial_decoder;
@@ -130,9 +132,11 @@ static void run_unit(const step_state *t, const step_memory *m, ptrdiff_t first,
     const ptrdiff_t used = (count + CODER_LANES - 1) / CODER_LANES * d * CODER_LANES;
     PLLM_SYM(coder_load)(s->rows + first * d, count, d, m->encoder.mlp[0].in);
     PLLM_SYM(coder_encode)(plan, count, s->encoder, &m->encoder, 1, &m->scratch);
-    PLLM_SYM(coder_store)(m->encoder.output, count, d, s->latents + first * d);
-    PLLM_SYM(pllm_search_slice)(&t->codebook, s->latents + first * d, count, s->index + first, NULL,
-                                m->search);
+    if (!t->by_tree) {
+        PLLM_SYM(coder_store)(m->encoder.output, count, d, s->latents + first * d);
+        PLLM_SYM(pllm_search_slice)(&t->codebook, s->latents + first * d, count, s->index + first, NULL,
+                                    m->search);
+    }
     PLLM_CONSTANT_D(gather_codewords, d, s, first, count, m->code);
     load_factor(s, first, count, m->factor);
     memcpy(m->scratch.state, m->code, (size_t)used * sizeof *m->code);
@@ -199,6 +203,17 @@ static void gather_results(step_state *t, pllm_step *s)
     codebook_gradient(s, t->plan.count);
 }
 
+/* The latents and indices of all `count` sub-vectors. */
+static int search_all(const pllm_step *s, ptrdiff_t count, int threads)
+{
+    const int status =
+        PLLM_SYM(pllm_encode)(&s->coder, s->rows, s->row_count, s->length, s->encoder, s->latents, threads);
+    if (status != PLLM_OK)
+        return status;
+    return PLLM_SYM(pllm_nearest)(s->latents, count, s->codebook, s->k, s->coder.d, NULL, NULL, s->index, NULL,
+                                  threads);
+}
+
 int PLLM_SYM(pllm_train_step)(pllm_step *s, int threads)
 {
     const pllm_coder *coder = &s->coder;
@@ -217,7 +232,11 @@ int PLLM_SYM(pllm_train_step)(pllm_step *s, int threads)
     float *blocks = memory + (size_t)threads * per_thread;
     t.partial_encoder = blocks + codebook_floats;
     t.partial_decoder = t.partial_encoder + partials;
-    PLLM_SYM(pllm_codebook_prepare)(&t.codebook, s->codebook, s->k, coder->d, NULL, NULL, blocks);
+    t.by_tree = tree_pays(t.plan.count, s->k / 2, coder->d);
+    if (t.by_tree && search_all(s, t.plan.count, threads) != PLLM_OK)
+        goto done;
+    if (!t.by_tree)
+        PLLM_SYM(pllm_codebook_prepare)(&t.codebook, s->codebook, s->k, coder->d, NULL, NULL, blocks);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (ptrdiff_t chunk = 0; chunk < t.plan.chunks; chunk++) {
         step_memory m = place(&t, memory + (size_t)omp_get_thread_num() * per_thread);

@@ -77,6 +77,14 @@ static inline int tree_lists_pay(ptrdiff_t queries, int k, int d)
     return d >= 2 && d <= TREE_CELL_MAX && k >= 1024 && queries / tree_lists[d].queries >= k;
 }
 
+/* Is it worth building a tree for n queries? Measured: with fewer codewords the scan is as quick, and
+ * with fewer queries than 40000 / d building takes longer than what is gained. */
+static inline int tree_pays(ptrdiff_t n, int k, int d)
+{
+    const int enough = d <= 4 ? 2048 : d <= 8 ? 4096 : d <= 12 ? 16384 : PLLM_MAX_CODEWORDS + 1;
+    return n >= 40000 / d && (k >= enough || tree_lists_pay(n, k, d));
+}
+
 struct pllm_tree {
     pllm_codebook codebook; /* the plain scan's: takes the queries that the tree cannot */
     int works;              /* 0: numbers too large or not finite, everything goes to the scan */

@@ -121,6 +121,20 @@ def test_train_step(
         close(np.asarray(ours), np.asarray(theirs), 1e-4)
 
 
+@pytest.mark.kernels
+def test_train_step_with_a_large_codebook(isa: str) -> None:
+    """The latents are searched for all at once; codewords far from them all change nothing."""
+    d, h, near = 4, 8, 4000
+    x, book = normal(40, 40, 256 * d), normal(41, near, d)
+    encoder, decoder = coder_params(42, d, h), coder_params(43, d, h)
+    want = kernels.train_step(x, encoder, book, decoder, hidden=h, norm="rln")
+    larger = np.concatenate([book, np.full((96, d), 1e4, np.float32)])
+    got = kernels.train_step(x, encoder, larger, decoder, hidden=h, norm="rln")
+    assert not got.grad_codebook[near:].any()
+    for ours, theirs in zip(got, want, strict=True):
+        assert np.array_equal(ours[:near] if np.shape(ours) == larger.shape else ours, theirs)
+
+
 def step_bytes(threads: int, monkeypatch: pytest.MonkeyPatch, norm: str) -> bytes:
     monkeypatch.setattr(kernels, "_threads", lambda: threads)
     d, h = 4, 16
