@@ -316,8 +316,8 @@ PLLM_INLINE void search_team(team *t, const int32_t *leaf, memory *m, const int 
     }
 }
 
-/* node[i] = where query i, x[0][i], x[1][i], ..., arrives after `depth` cuts. */
-PLLM_INLINE void descend_cuts(const tree_cut *cuts, int depth, const float *x, uint32_t *node)
+/* node[i] = where the query x[i d], x[i d + 1], ..., arrives after `depth` cuts. */
+PLLM_INLINE void descend_cuts(const tree_cut *cuts, int depth, const float *x, uint32_t *node, const int d)
 {
     size_t at[DESCENTS];
     PLLM_UNROLL
@@ -327,13 +327,29 @@ PLLM_INLINE void descend_cuts(const tree_cut *cuts, int depth, const float *x, u
         PLLM_UNROLL
         for (int i = 0; i < DESCENTS; i++) {
             const tree_cut *cut = cuts + at[i];
-            at[i] = 2 * at[i] + (x[(size_t)cut->axis * ROUTE + (size_t)i] >= cut->at);
+            at[i] = 2 * at[i] + (x[i * d + (int)cut->axis] >= cut->at);
             PLLM_OPAQUE(at[i]); /* or the compiler packs them into vectors, only to unpack them again */
         }
     }
     PLLM_UNROLL
     for (int i = 0; i < DESCENTS; i++)
         node[i] = (uint32_t)at[i];
+}
+
+/* x (ROUTE, d) = queries as the cuts see them: scaled, and 0 for those that the tree cannot take, since infinity would
+ * go where there is no leaf. fits[i]: whether it can take query i. */
+PLLM_INLINE void scale_queries(const pllm_tree *tree, const float *z, int count, float *x, int *fits, const int d)
+{
+    for (int i = 0; i < ROUTE; i++) {
+        const float *from = z + (i < count ? i : 0) * d;
+        fits[i] = 1;
+        for (int j = 0; j < d; j++) {
+            x[i * d + j] = tree->weighted ? tree->root_weight[j] * from[j] : from[j];
+            fits[i] &= fabsf(from[j]) <= TREE_LARGE && fabsf(x[i * d + j]) <= TREE_LARGE;
+        }
+        for (int j = 0; j < d && !fits[i]; j++)
+            x[i * d + j] = 0.0f;
+    }
 }
 
 /* key[i] = the leaf that z[i] lies in, or its cell, `levels` cuts further down; their number, `keys`, when
@@ -344,38 +360,22 @@ PLLM_INLINE void route(const pllm_tree *tree, const float *z, int n, int levels,
     const int depth = tree->depth + levels;
     for (int first = 0; first < n; first += ROUTE) {
         const int count = n - first < ROUTE ? n - first : ROUTE;
-        float x[PLLM_MAX_SUBVECTOR][ROUTE];
-        int32_t fits[ROUTE];
+        const float *x = z + (ptrdiff_t)first * d;
+        float scaled[ROUTE * PLLM_MAX_SUBVECTOR];
+        int fits[ROUTE];
         uint32_t node[ROUTE];
-        for (int i = 0; i < ROUTE; i++) {
-            const float *from = z + (ptrdiff_t)(first + (i < count ? i : 0)) * d;
-            PLLM_UNROLL
-            for (int j = 0; j < d; j++)
-                x[j][i] = from[j];
-        }
-        for (int v = 0; v < ROUTE; v += VF_WIDTH) {
-            const vf large = vf_set1(TREE_LARGE);
-            vm fit = vf_le(large, large);
-            PLLM_UNROLL
-            for (int j = 0; j < d; j++) {
-                vf xj = vf_load(x[j] + v);
-                fit = vm_and(fit, vf_le(vf_abs(xj), large));
-                if (tree->weighted) {
-                    xj = vf_mul(vf_set1(tree->root_weight[j]), xj);
-                    fit = vm_and(fit, vf_le(vf_abs(xj), large));
-                    vf_store(x[j] + v, xj);
-                }
-            }
-            vi_store(fits + v, vi_keep(fit, vi_set1(1)));
-            if (vm_any(vm_not(fit))) { /* infinity would go where there is no leaf */
-                for (int j = 0; j < d; j++)
-                    vf_store(x[j] + v, vf_select(fit, vf_load(x[j] + v), vf_zero()));
-            }
+        vm fit = vf_le(vf_zero(), vf_zero());
+        for (int i = 0; i < ROUTE * d && count == ROUTE; i += VF_WIDTH)
+            fit = vm_and(fit, vf_le(vf_abs(vf_load(x + i)), vf_set1(TREE_LARGE)));
+        const int as_it_is = count == ROUTE && !tree->weighted && !vm_any(vm_not(fit));
+        if (!as_it_is) {
+            scale_queries(tree, x, count, scaled, fits, d);
+            x = scaled;
         }
         for (int i = 0; i < ROUTE; i += DESCENTS)
-            descend_cuts(tree->cut, depth, x[0] + i, node + i);
+            descend_cuts(tree->cut, depth, x + i * d, node + i, d);
         for (int i = 0; i < count; i++)
-            key[first + i] = fits[i] ? (int32_t)(node[i] - (1u << depth)) : keys;
+            key[first + i] = as_it_is || fits[i] ? (int32_t)(node[i] - (1u << depth)) : keys;
     }
 }
 
