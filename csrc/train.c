@@ -1,4 +1,10 @@
-/* train.c - the straight-through training step, Adam, and the sums of Lloyd's iteration. */
+/* train.c - the straight-through training step, Adam, and the sums of Lloyd's iteration.
+ *
+ * Where the decoder takes no statistics of the row, what it gives for a sub-vector depends on the codeword alone.
+ * Few codewords are then decoded once and not for each sub-vector: with D its values and J[a] = d D_a / d codeword,
+ * the gradient of a latent is sum_a g_a J[a], g being that of the decoded sub-vector, and the decoder's own gradient
+ * is that of the codewords under the sum of their sub-vectors' g.
+ */
 #include "coder.h"
 #include "tree.h"
 
@@ -19,10 +25,19 @@ typedef struct {
     coder_plan plan;
     int by_tree; /* latents are searched for all at once, before anything else, and encoded twice */
     pllm_codebook codebook;
-    ptrdiff_t params_count;
+    int by_codeword; /* codewords are decoded, not sub-vectors */
+    float *decoded;  /* by_codeword: (k, d) */
+    float *jacobian; /* by_codeword: (d, k, d) */
+    ptrdiff_t params_count, decoder_sums; /* decoder_sums: by_codeword k d, the decoder's output; else its parameters */
     float *partial_encoder, *partial_decoder;
     double *partial_loss; /* (chunks, 2) */
 } step_state;
+
+/* Decoding a codeword with its Jacobian costs d + 2 times what a sub-vector does. */
+static int decodes_codewords(const pllm_step *s, ptrdiff_t count)
+{
+    return s->coder.norm != PLLM_NORM_RLN && 2 * (s->coder.d + 2) * (ptrdiff_t)s->k <= count;
+}
 
 static size_t block_floats(const coder_plan *plan)
 {
@@ -52,17 +67,17 @@ static step_memory place(const step_state *t, float *memory)
     return m;
 }
 
-/* Codewords of sub-vectors first.. as blocks; lanes behind the last get zeros. */
-PLLM_INLINE void gather_codewords(const int d, const pllm_step *s, ptrdiff_t first, ptrdiff_t count,
-                                  float *blocks)
+/* The rows of a table (k, d) that sub-vectors first.. chose, as blocks; lanes behind the last get zeros. */
+PLLM_INLINE void gather_rows(const int d, const pllm_step *s, const float *table, ptrdiff_t first, ptrdiff_t count,
+                             float *blocks)
 {
     const ptrdiff_t used = (count + CODER_LANES - 1) / CODER_LANES;
     memset(blocks + (used - 1) * d * CODER_LANES, 0, (size_t)d * CODER_LANES * sizeof *blocks);
     for (ptrdiff_t i = 0; i < count; i++) {
-        const float *codeword = s->codebook + (ptrdiff_t)s->index[first + i] * d;
+        const float *row = table + (ptrdiff_t)s->index[first + i] * d;
         float *out = blocks + i / CODER_LANES * d * CODER_LANES + i % CODER_LANES;
         for (int c = 0; c < d; c++)
-            out[c * CODER_LANES] = codeword[c];
+            out[c * CODER_LANES] = row[c];
     }
 }
 
@@ -123,8 +138,29 @@ static void unit_loss(const step_state *t, const step_memory *m, ptrdiff_t count
     loss[1] += (double)vf16_sum(commitment);
 }
 
+/* Adds the gradients of the decoded sub-vectors first.., blocks in `grad`, to those of their codewords, sums (k, d), and
+ * turns them into the latents' gradients. */
+PLLM_INLINE void pull_back(const int d, const step_state *t, ptrdiff_t first, ptrdiff_t count, float *grad, float *sums)
+{
+    const ptrdiff_t matrix = (ptrdiff_t)t->step->k * d;
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const ptrdiff_t at = (ptrdiff_t)t->step->index[first + i] * d;
+        float *const own = grad + i / CODER_LANES * d * CODER_LANES + i % CODER_LANES;
+        float latent[PLLM_MAX_SUBVECTOR] = {0.0f};
+        for (int a = 0; a < d; a++) {
+            const float g = own[a * CODER_LANES], *const row = t->jacobian + a * matrix + at;
+            sums[at + a] += g;
+            for (int c = 0; c < d; c++)
+                latent[c] = fmaf(g, row[c], latent[c]);
+        }
+        for (int c = 0; c < d; c++)
+            own[c * CODER_LANES] = latent[c];
+    }
+}
+
+/* decoder_sums: by_codeword those of the chunk, which are added to. */
 static void run_unit(const step_state *t, const step_memory *m, ptrdiff_t first, ptrdiff_t count,
-                     double loss[2])
+                     double loss[2], float *decoder_sums)
 {
     const pllm_step *s = t->step;
     const coder_plan *plan = &t->plan;
@@ -137,13 +173,19 @@ static void run_unit(const step_state *t, const step_memory *m, ptrdiff_t first,
         PLLM_SYM(pllm_search_slice)(&t->codebook, s->latents + first * d, count, s->index + first, NULL,
                                     m->search);
     }
-    PLLM_CONSTANT_D(gather_codewords, d, s, first, count, m->code);
+    PLLM_CONSTANT_D(gather_rows, d, s, s->codebook, first, count, m->code);
     load_factor(s, first, count, m->factor);
-    memcpy(m->scratch.state, m->code, (size_t)used * sizeof *m->code);
-    PLLM_SYM(coder_decode)(plan, count, s->decoder, &m->decoder, 1, &m->scratch, m->decoded);
-    unit_loss(t, m, count, loss);
-    PLLM_SYM(coder_decode_backward)(plan, count, s->decoder, &m->decoder, &m->scratch,
-                                    m->decoder_grad);
+    if (t->by_codeword) {
+        PLLM_CONSTANT_D(gather_rows, d, s, t->decoded, first, count, m->decoded);
+        unit_loss(t, m, count, loss);
+        PLLM_CONSTANT_D(pull_back, d, t, first, count, m->scratch.grad, decoder_sums);
+    } else {
+        memcpy(m->scratch.state, m->code, (size_t)used * sizeof *m->code);
+        PLLM_SYM(coder_decode)(plan, count, s->decoder, &m->decoder, 1, &m->scratch, m->decoded);
+        unit_loss(t, m, count, loss);
+        PLLM_SYM(coder_decode_backward)(plan, count, s->decoder, &m->decoder, &m->scratch,
+                                        m->decoder_grad);
+    }
     for (ptrdiff_t i = 0; i < used; i += VF_WIDTH)
         vf_store(m->scratch.grad + i,
                  vf_add(vf_load(m->scratch.grad + i), vf_load(m->decoded + i)));
@@ -157,17 +199,21 @@ static void run_chunk(const step_state *t, const step_memory *m, ptrdiff_t chunk
     size_t lane_bytes = (size_t)t->params_count * CODER_LANES * sizeof(float);
     double *loss = t->partial_loss + 2 * chunk;
     loss[0] = loss[1] = 0.0;
+    float *decoder_sums = t->partial_decoder + chunk * t->decoder_sums;
     memset(m->encoder_grad, 0, lane_bytes);
-    memset(m->decoder_grad, 0, lane_bytes);
+    if (t->by_codeword)
+        memset(decoder_sums, 0, (size_t)t->decoder_sums * sizeof *decoder_sums);
+    else
+        memset(m->decoder_grad, 0, lane_bytes);
     ptrdiff_t unit = chunk * plan->units_per_chunk, end = unit + plan->units_per_chunk;
     for (; unit < end && unit < plan->units; unit++) {
         ptrdiff_t first = unit * plan->unit;
         ptrdiff_t count = plan->count - first < plan->unit ? plan->count - first : plan->unit;
-        run_unit(t, m, first, count, loss);
+        run_unit(t, m, first, count, loss, decoder_sums);
     }
-    ptrdiff_t at = chunk * t->params_count;
-    PLLM_SYM(coder_sum_lanes)(m->encoder_grad, t->params_count, t->partial_encoder + at);
-    PLLM_SYM(coder_sum_lanes)(m->decoder_grad, t->params_count, t->partial_decoder + at);
+    PLLM_SYM(coder_sum_lanes)(m->encoder_grad, t->params_count, t->partial_encoder + chunk * t->params_count);
+    if (!t->by_codeword)
+        PLLM_SYM(coder_sum_lanes)(m->decoder_grad, t->params_count, decoder_sums);
 }
 
 /* In order of the sub-vectors: the same for any number of threads. */
@@ -190,7 +236,7 @@ static void codebook_gradient(const pllm_step *s, ptrdiff_t count)
     PLLM_CONSTANT_D(add_pulls, d, s, count, pull);
 }
 
-static void gather_results(step_state *t, pllm_step *s)
+static void gather_results(step_state *t, pllm_step *s, float *decoder_grad)
 {
     double loss[2] = {0.0, 0.0}, size = (double)t->plan.count * t->plan.d;
     for (ptrdiff_t chunk = 0; chunk < t->plan.chunks; chunk++)
@@ -199,7 +245,7 @@ static void gather_results(step_state *t, pllm_step *s)
     s->reconstruction = loss[0] / size;
     s->commitment = loss[1] / size;
     PLLM_SYM(coder_sum_chunks)(t->partial_encoder, t->plan.chunks, t->params_count, s->grad_encoder);
-    PLLM_SYM(coder_sum_chunks)(t->partial_decoder, t->plan.chunks, t->params_count, s->grad_decoder);
+    PLLM_SYM(coder_sum_chunks)(t->partial_decoder, t->plan.chunks, t->decoder_sums, decoder_grad);
     codebook_gradient(s, t->plan.count);
 }
 
@@ -214,6 +260,23 @@ static int search_all(const pllm_step *s, ptrdiff_t count, int threads)
                                   threads);
 }
 
+/* by_codeword: t->decoded and t->jacobian. grad: (k, d) scratch.  unused: for the decoder's gradients. */
+static int decode_codebook(const step_state *t, float *grad, float *unused, int threads)
+{
+    const pllm_step *s = t->step;
+    const int d = s->coder.d;
+    const ptrdiff_t length = (ptrdiff_t)s->k * d;
+    int status = PLLM_SYM(pllm_decode)(&s->coder, s->codebook, 1, length, s->decoder, t->decoded, threads);
+    for (int a = 0; a < d && status == PLLM_OK; a++) {
+        memset(grad, 0, (size_t)length * sizeof *grad);
+        for (ptrdiff_t i = a; i < length; i += d)
+            grad[i] = 1.0f;
+        status = PLLM_SYM(pllm_decode_backward)(&s->coder, s->codebook, 1, length, s->decoder, grad,
+                                                t->jacobian + a * length, unused, threads);
+    }
+    return status;
+}
+
 int PLLM_SYM(pllm_train_step)(pllm_step *s, int threads)
 {
     const pllm_coder *coder = &s->coder;
@@ -221,19 +284,30 @@ int PLLM_SYM(pllm_train_step)(pllm_step *s, int threads)
     t.plan = PLLM_SYM(coder_plan_of)(coder->d, coder->h, coder->norm,
                                      s->row_count * (s->length / coder->d), s->row_count);
     t.params_count = 3 * t.plan.mlp_floats;
+    t.by_tree = tree_pays(t.plan.count, s->k / 2, coder->d);
+    t.by_codeword = decodes_codewords(s, t.plan.count);
+    const ptrdiff_t book = (ptrdiff_t)s->k * coder->d;
+    t.decoder_sums = t.by_codeword ? book : t.params_count;
     const size_t per_thread = thread_floats(&t);
     const size_t partials = (size_t)(t.plan.chunks * t.params_count);
+    const size_t decoder_partials = (size_t)(t.plan.chunks * t.decoder_sums);
     const size_t codebook_floats = pllm_codebook_floats(s->k, coder->d);
+    const size_t by_codeword_floats = t.by_codeword ? (size_t)(book * (coder->d + 2)) : 0;
     int status = PLLM_ENOMEM;
     t.partial_loss = pllm_alloc((size_t)t.plan.chunks * 2 * sizeof(double));
-    float *memory = pllm_alloc_floats((size_t)threads * per_thread + codebook_floats + 2 * partials);
+    float *memory = pllm_alloc_floats((size_t)threads * per_thread + codebook_floats + partials + decoder_partials +
+                                      by_codeword_floats);
     if (!t.partial_loss || !memory)
         goto done;
     float *blocks = memory + (size_t)threads * per_thread;
     t.partial_encoder = blocks + codebook_floats;
     t.partial_decoder = t.partial_encoder + partials;
-    t.by_tree = tree_pays(t.plan.count, s->k / 2, coder->d);
-    if (t.by_tree && search_all(s, t.plan.count, threads) != PLLM_OK)
+    t.decoded = t.partial_decoder + decoder_partials;
+    float *const output_grad = t.decoded + book; /* by_codeword: (k, d) */
+    t.jacobian = output_grad + book;
+    if (t.by_codeword && (status = decode_codebook(&t, output_grad, s->grad_decoder, threads)) != PLLM_OK)
+        goto done;
+    if (t.by_tree && (status = search_all(s, t.plan.count, threads)) != PLLM_OK)
         goto done;
     if (!t.by_tree)
         PLLM_SYM(pllm_codebook_prepare)(&t.codebook, s->codebook, s->k, coder->d, NULL, NULL, blocks);
@@ -242,8 +316,11 @@ int PLLM_SYM(pllm_train_step)(pllm_step *s, int threads)
         step_memory m = place(&t, memory + (size_t)omp_get_thread_num() * per_thread);
         run_chunk(&t, &m, chunk);
     }
-    gather_results(&t, s);
+    gather_results(&t, s, t.by_codeword ? output_grad : s->grad_decoder);
     status = PLLM_OK;
+    if (t.by_codeword)
+        status = PLLM_SYM(pllm_decode_backward)(coder, s->codebook, 1, book, s->decoder, output_grad, t.decoded,
+                                                s->grad_decoder, threads);
 done:
     free(memory);
     free(t.partial_loss);
