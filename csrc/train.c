@@ -138,8 +138,8 @@ static void unit_loss(const step_state *t, const step_memory *m, ptrdiff_t count
     loss[1] += (double)vf16_sum(commitment);
 }
 
-/* Adds the gradients of the decoded sub-vectors first.., blocks in `grad`, to those of their codewords, sums (k, d), and
- * turns them into the latents' gradients. */
+/* Adds the gradients of the decoded sub-vectors first.., blocks in `grad`, to those of their codewords, sums (k, d),
+ * and turns them into the latents' gradients. */
 PLLM_INLINE void pull_back(const int d, const step_state *t, ptrdiff_t first, ptrdiff_t count, float *grad, float *sums)
 {
     const ptrdiff_t matrix = (ptrdiff_t)t->step->k * d;
@@ -302,14 +302,19 @@ int PLLM_SYM(pllm_train_step)(pllm_step *s, int threads)
     float *blocks = memory + (size_t)threads * per_thread;
     t.partial_encoder = blocks + codebook_floats;
     t.partial_decoder = t.partial_encoder + partials;
-    t.decoded = t.partial_decoder + decoder_partials;
-    float *const output_grad = t.decoded + book; /* by_codeword: (k, d) */
-    t.jacobian = output_grad + book;
-    if (t.by_codeword && (status = decode_codebook(&t, output_grad, s->grad_decoder, threads)) != PLLM_OK)
-        goto done;
-    if (t.by_tree && (status = search_all(s, t.plan.count, threads)) != PLLM_OK)
-        goto done;
-    if (!t.by_tree)
+    float *const output_grad = t.partial_decoder + decoder_partials; /* by_codeword: (k, d) */
+    if (t.by_codeword) {
+        t.decoded = output_grad + book;
+        t.jacobian = t.decoded + book;
+        status = decode_codebook(&t, output_grad, s->grad_decoder, threads);
+        if (status != PLLM_OK)
+            goto done;
+    }
+    if (t.by_tree) {
+        status = search_all(s, t.plan.count, threads);
+        if (status != PLLM_OK)
+            goto done;
+    } else
         PLLM_SYM(pllm_codebook_prepare)(&t.codebook, s->codebook, s->k, coder->d, NULL, NULL, blocks);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (ptrdiff_t chunk = 0; chunk < t.plan.chunks; chunk++) {
