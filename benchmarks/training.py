@@ -8,7 +8,8 @@ torch.compile, whose search is a matmul with argmin; `+ search` is the compiled 
 in its place. Before anything is timed, all take the same 20 steps from one start, and their losses
 must agree. With one thread times are processor time, else wall time; the share of the FMA peak, of
 all threads, counts the multiply-adds of the MLPs, forwards and backwards, and of the scan over all
-codewords, which large codebooks do without.
+codewords as if every sub-vector were decoded and compared with all of them, which not every step
+does (docs/PERFORMANCE.md).
 """
 
 from __future__ import annotations
