@@ -226,8 +226,8 @@ PLLM_INLINE void set_queries(const int d, const float *target, const float *metr
     }
 }
 
-/* Adds what the previous choice of the block's sub-vectors means for those before them. */
-static void add_previous(const job *j, const block *b, ptrdiff_t start, const scratch *s)
+/* Starts the block's targets at x, and adds what the previous choice of its sub-vectors means for those before them. */
+static void start_block(const job *j, const block *b, ptrdiff_t start, const scratch *s)
 {
     const int n = smaller_of(j->rows - start, ROWS), d = j->d;
     float *const target = j->target + start * j->length;
@@ -308,7 +308,7 @@ static void start_targets(const job *j, block *b, float *floats, int threads)
             }
 #pragma omp for schedule(dynamic)
             for (ptrdiff_t start = 0; start < j->rows; start += ROWS)
-                add_previous(j, b, start, &s);
+                start_block(j, b, start, &s);
         }
     }
 }
