@@ -271,25 +271,31 @@ def _budget_bits(config: PocketConfig, targets: list[Target], dense_bytes: int) 
     return 8.0 * room
 
 
+def _share(config: PocketConfig, shape: Shape, bits: float) -> str:
+    """Who shares a codec; where that is "auto", the bits of the role's indices decide."""
+    if config.share != "auto":
+        return config.share
+    return "type" if codec_bits(_spec(config, shape)) <= CODEC_SHARE * bits else "model"
+
+
 def _group_names(
     config: PocketConfig, targets: Sequence[Target], shapes: Mapping[str, Shape]
 ) -> dict[str, str]:
     """Target name -> name of the group that shares a codec, of those that have the same shape."""
-    by_role: dict[tuple[str, Shape], float] = {}
+    by_role: dict[tuple[str, Shape], int] = {}
     for target in targets:
         if not target.tied_to:
             key = target.role, shapes[target.name]
-            by_role[key] = by_role.get(key, 0.0) + target.weights * shapes[target.name].rate
+            by_role[key] = by_role.get(key, 0) + target.weights
+    share_of = {
+        (role, shape): _share(config, shape, weights * shape.rate)
+        for (role, shape), weights in by_role.items()
+    }
     names = {}
     for target in targets:
         if target.tied_to:
             continue
-        shape = shapes[target.name]
-        share = config.share
-        if share == "auto":
-            bits = by_role[target.role, shape]
-            worth = codec_bits(_spec(config, shape)) <= CODEC_SHARE * bits
-            share = "type" if worth else "model"
+        share = share_of[target.role, shapes[target.name]]
         names[target.name] = {
             "model": "shared",
             "type": target.role.replace(".", "_"),
