@@ -165,16 +165,13 @@ PLLM_INLINE void set_offsets(const int d, const pllm_codebook *codebook, const f
     }
 }
 
-/* Everything that the rows of a block share, by the threads that call. `codebook`: the table prepared without
- * offsets. */
-static void prepare(const job *j, const block *b, const pllm_codebook *codebook)
+/* Everything that the rows of a block share, by the threads that call. */
+static void prepare(const job *j, const block *b)
 {
     const int d = j->d;
 #pragma omp for schedule(static)
     for (ptrdiff_t l = b->first; l < b->last; l++) {
-        pllm_codebook *const own = &b->codebook[l - b->first];
-        memcpy(own->blocks, codebook->blocks, pllm_codebook_floats(j->k, d) * sizeof(float));
-        PLLM_CONSTANT_D(set_offsets, d, own, j->metric + l * d * d);
+        PLLM_CONSTANT_D(set_offsets, d, &b->codebook[l - b->first], j->metric + l * d * d);
         pack(j, b->first * d, (int)(l - b->first) * d, l * d, (l + 1) * d,
              b->inside + (l - b->first) * d * BLOCK_COLUMNS);
     }
@@ -313,14 +310,14 @@ static void start_targets(const job *j, block *b, float *floats, int threads)
     }
 }
 
-static void encode_all(const job *j, block *b, const pllm_codebook *codebook, float *floats, int threads)
+static void encode_all(const job *j, block *b, float *floats, int threads)
 {
     for (ptrdiff_t first = 0; first < j->count; first = b->last) {
         set_block(b, j, first);
 #pragma omp parallel num_threads(threads)
         {
             const scratch s = scratch_of(floats + (size_t)omp_get_thread_num() * scratch_floats(j->d), j->d);
-            prepare(j, b, codebook);
+            prepare(j, b);
 #pragma omp for schedule(dynamic)
             for (ptrdiff_t start = 0; start < j->rows; start += ROWS)
                 encode_block(j, b, start, &s);
@@ -339,7 +336,7 @@ int PLLM_SYM(pllm_encode_feedback)(const float *x, ptrdiff_t rows, ptrdiff_t cou
     const size_t codebook_floats = pllm_codebook_floats(k, d), length = (size_t)count * (size_t)d;
     const size_t padded_rows = ((size_t)rows + ROWS - 1) / ROWS * ROWS;
     float *target = pllm_alloc_floats(padded_rows * length);
-    float *blocks = pllm_alloc_floats(((size_t)block_size + 1) * codebook_floats);
+    float *blocks = pllm_alloc_floats((size_t)block_size * codebook_floats);
     float *floats = pllm_alloc_floats((size_t)threads * scratch_floats(d));
     float *panels = pllm_alloc_floats(BLOCK_COLUMNS * (BLOCK_COLUMNS + length));
     float *offset = calloc((size_t)k, sizeof *offset);
@@ -350,14 +347,10 @@ int PLLM_SYM(pllm_encode_feedback)(const float *x, ptrdiff_t rows, ptrdiff_t cou
     job j = {.rows = rows, .count = count, .length = count * d, .d = d, .k = k, .x = x, .table = table,
              .metric = metric, .feedback = feedback, .previous = previous, .index = index, .target = target};
     block b = {.inside = panels, .outside = panels + BLOCK_COLUMNS * BLOCK_COLUMNS, .codebook = codebook};
-    pllm_codebook shared;
-    PLLM_SYM(pllm_codebook_prepare_score)(&shared, table, k, d, offset, blocks);
-    for (int l = 0; l < block_size; l++) {
-        codebook[l] = shared;
-        codebook[l].blocks = blocks + (size_t)(l + 1) * codebook_floats;
-    }
+    for (int l = 0; l < block_size; l++) /* offsets are set block by block */
+        PLLM_SYM(pllm_codebook_prepare_score)(&codebook[l], table, k, d, offset, blocks + (size_t)l * codebook_floats);
     start_targets(&j, &b, floats, threads);
-    encode_all(&j, &b, &shared, floats, threads);
+    encode_all(&j, &b, floats, threads);
     status = PLLM_OK;
 done:
     free(codebook);
