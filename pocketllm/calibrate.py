@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from .errors import PocketError
+from .precision import bfloat16_factors
 from .weights import LoadedWeights, Weights
 from .workspace import writing
 
@@ -223,11 +224,13 @@ class Calibrator:
         moments = self._collect(len(self._layers), {self._names[id(head)]: head})
         return next(iter(moments.values()), None)
 
+    @bfloat16_factors()
     def first_inputs(self) -> HiddenStates:
         """Input (length, hidden) of the first layer, of every window."""
         windows = range(len(self.windows))
         return self._kept(self._each(lambda w: self._run(w, 0, None, collect=True)[0], windows))
 
+    @bfloat16_factors()
     def forward(self, index: int, states: HiddenStates) -> HiddenStates:
         """Outputs (length, hidden) of a layer for these inputs. To be asked for in order."""
         layer = self._layers[index]
@@ -244,6 +247,7 @@ class Calibrator:
         assert kept is not None  # there is a window
         return kept
 
+    @bfloat16_factors()
     def backward_head(
         self, states: HiddenStates, pull: Callable[[int, torch.Tensor], torch.Tensor]
     ) -> list[torch.Tensor]:
@@ -276,6 +280,7 @@ class Calibrator:
         finally:
             handle.remove()
 
+    @bfloat16_factors()
     def backward(
         self, index: int, states: HiddenStates, gradients: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], dict[str, np.ndarray]]:
@@ -322,6 +327,7 @@ class Calibrator:
         with self._weights.run(layer.module):
             return self._collect(index, {n: self.model.get_submodule(n) for n in layer.targets})
 
+    @bfloat16_factors()
     def _collect(self, index: int, modules: dict[str, nn.Module]) -> dict[str, np.ndarray]:
         sums: dict[Names, torch.Tensor] = {}
         tokens: dict[Names, int] = {}
@@ -411,6 +417,7 @@ class Calibrator:
 
         return note
 
+    @bfloat16_factors()
     def _advance(self, index: int) -> None:
         hidden = self._hidden
         assert hidden is not None

@@ -159,6 +159,8 @@ class Work:
 
 def predict_work(plan: Plan, config: PocketConfig) -> Work:
     """Predicted seconds on this machine, from short measurements of its kernels."""
+    from .precision import bfloat16_factors
+
     search, flops = _seconds_per_search_unit(), _matmul_flops()
     sub_vectors = dict.fromkeys(plan.codecs, 0)
     matrices = {}
@@ -178,7 +180,8 @@ def predict_work(plan: Plan, config: PocketConfig) -> Work:
         codecs[name] = search * SEARCHES * sample * codec.codebook * codec.subvector
         codecs[name] += sample * STEP_FLOPS * codec.hidden * codec.subvector / flops
     tokens = config.calibration_windows * WINDOW if config.calibration is not None else 0
-    product = 2 * plan.weights / flops
+    with bfloat16_factors():
+        product = 2 * plan.weights / _matmul_flops()
     looked_at = 0 if config.codebook is not None else SENSITIVITY_TOKENS
     return Work(codecs, matrices, PASSES * product * tokens, BACKWARD * product * looked_at)
 

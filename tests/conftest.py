@@ -23,6 +23,17 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.set_isa(before)
 
 
+@pytest.fixture
+def float32_products() -> Iterator[None]:
+    """Torch rounds no factor of a float32 product to bfloat16, whatever the processor can."""
+    import torch  # not where the extension is tested alone
+
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference data; skips when it is not there."""

@@ -66,6 +66,7 @@ def assert_close(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> Non
         assert np.abs(got[name] - h).max() <= 1e-5 * np.abs(h).max(), name
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equals_a_full_forward(architecture: str) -> None:
     model = tiny_model(architecture)
@@ -76,6 +77,22 @@ def test_equals_a_full_forward(architecture: str) -> None:
     assert "forward" not in vars(decoder_layers(model)[1][0])
 
 
+def test_factors_may_be_rounded_to_bfloat16() -> None:
+    model = tiny_model("llama")
+    precisions: list[str] = []
+    layer = decoder_layers(model)[1][0]
+    matmul = torch.backends.mkldnn.matmul
+    layer.register_forward_pre_hook(lambda *_: precisions.append(matmul.fp32_precision))
+    got, exact = collect(model), naive(model)
+    assert set(precisions) == {"bf16", "none"}  # the second by naive()
+    assert matmul.fp32_precision == "none"
+    for name, h in exact.items():
+        # bfloat16 has eight bits: each rounding errs by at most 2^-9, in a few products one behind
+        # the other.
+        assert np.linalg.norm(got[name] - h) <= 2**-6 * np.linalg.norm(h), name
+
+
+@pytest.mark.usefixtures("float32_products")
 def test_later_layers_see_the_replaced_weights() -> None:
     def halve(weight: torch.Tensor) -> None:
         weight.data.mul_(0.5)
@@ -95,6 +112,7 @@ def test_later_layers_see_the_replaced_weights() -> None:
     assert np.allclose(got[down], dense[down], rtol=0, atol=1e-5 * dense[down].max())
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2"])
 def test_bf16_model_is_run_in_float32_and_given_back(architecture: str) -> None:
     model = tiny_model(architecture, torch.bfloat16)
@@ -114,6 +132,7 @@ def test_workers_do_not_change_a_bit() -> None:
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.usefixtures("float32_products")
 def test_linears_called_twice_give_all_their_inputs() -> None:
     model = tiny_model("llama")
     for layer in model.model.layers:

@@ -22,6 +22,7 @@ def opened(model: nn.Module, windows: torch.Tensor, targets: list[Target]) -> Ca
     return Calibrator(model, windows, [t.name for t in targets])
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "opt", "gemma", "phi"])
 def test_backward_is_autograd_layer_by_layer(architecture: str) -> None:
     model = tiny_model(architecture).requires_grad_(False)
