@@ -346,9 +346,9 @@ class Calibrator:
                         inputs.setdefault(tuple(readers), []).append(x)
                 awaited = frozenset(modules) if once else None
                 for names, xs in inputs.items():
-                    tokens[names] = tokens.get(names, 0) + sum(map(len, xs))
+                    tokens[names] = tokens.get(names, 0) + sum(x.shape[1] for x in xs)
                     if names not in sums:
-                        sums[names] = torch.zeros(xs[0].shape[1], xs[0].shape[1])
+                        sums[names] = torch.zeros(len(xs[0]), len(xs[0]))
                 self._add(sums, inputs)
         finally:
             for handle in handles:
@@ -360,12 +360,13 @@ class Calibrator:
     def _inputs(
         self, window: int, index: int, awaited: frozenset[str] | None
     ) -> tuple[list[tuple[torch.Tensor, list[str]]], list[str]]:
-        """Distinct inputs (tokens, in) of one window, float32, each with who reads it; and who was
-        called, each time."""
+        """Distinct inputs of one window as columns, (in, tokens) float32, each with who reads it;
+        and who was called, each time."""
         self._await_inputs(awaited)
         self._run(window, index, self._state(window))
         found, self._local.inputs = self._local.inputs, []
-        return [(x.reshape(-1, x.shape[-1]).float(), n) for x, n in found], self._local.calls
+        columns = [(x.reshape(-1, x.shape[-1]).float().T.contiguous(), n) for x, n in found]
+        return columns, self._local.calls
 
     def _await_inputs(self, awaited: frozenset[str] | None) -> None:
         """Makes this thread note inputs; a forward pass ends where all ``awaited`` have theirs."""
@@ -383,7 +384,7 @@ class Calibrator:
             last = first + MOMENT_ROWS
             block = sums[names][first:last, :last]
             for x in inputs[names]:
-                block += x[:, first:last].T @ x[:, :last]
+                block.addmm_(x[first:last], x[:last].T)
 
         blocks = [(n, first) for n in inputs for first in range(0, len(sums[n]), MOMENT_ROWS)]
         # The long rows first: threads end together.
