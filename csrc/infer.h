@@ -7,9 +7,6 @@
 
 enum { WORK_PER_THREAD = 32768 };
 
-static inline ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t step) { return (n + step - 1) / step * step; }
-static inline ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-
 /* y (n, out_features) = x (n, in_features) W' + bias, and what x and y are stored as. */
 typedef struct {
     const pllm_matrix *w;

@@ -66,6 +66,9 @@ pllm_matmul_fn pllm_matmul_amx;
      : (d) == 8 ? function(8, __VA_ARGS__) \
                 : function(d, __VA_ARGS__))
 
+static inline ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t step) { return (n + step - 1) / step * step; }
+static inline ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
 /* 64 bits from p, first byte lowest. */
 PLLM_INLINE uint64_t pllm_load_word(const uint8_t *p)
 {

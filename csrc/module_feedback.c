@@ -12,16 +12,16 @@ static int in_table(PyArrayObject *previous, npy_intp k)
     return 1;
 }
 
-/* encode_feedback(x, table, metric, feedback, previous | None, threads) -> index */
+/* encode_feedback(x, table, metric, feedback, previous | None, sweeps, threads) -> index */
 static PyObject *encode_feedback(PyObject *self, PyObject *args)
 {
     PyObject *x_obj, *table_obj, *metric_obj, *feedback_obj, *previous_obj;
     PyArrayObject *x = NULL, *table = NULL, *metric = NULL, *feedback = NULL;
     PyArrayObject *previous = NULL, *index = NULL;
-    int threads, status;
+    int sweeps, threads, status;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OOOOOi:encode_feedback", &x_obj, &table_obj, &metric_obj,
-                          &feedback_obj, &previous_obj, &threads))
+    if (!PyArg_ParseTuple(args, "OOOOOii:encode_feedback", &x_obj, &table_obj, &metric_obj,
+                          &feedback_obj, &previous_obj, &sweeps, &threads))
         return NULL;
 
     if (!pllm_take(&table, table_obj, "table", NPY_FLOAT32, 2, (npy_intp[]){-1, -1}, "Kd"))
@@ -41,13 +41,14 @@ static PyObject *encode_feedback(PyObject *self, PyObject *args)
     if (!pllm_take_optional(&previous, previous_obj, "previous", NPY_INT32, 2,
                             (npy_intp[]){rows, count}, "") ||
         !in_table(previous, k) ||
+        !pllm_in_range("sweeps", sweeps, 1, previous ? INT32_MAX : 1) ||
         !pllm_new(&index, NPY_INT32, 2, (npy_intp[]){rows, count}))
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
     status = pllm_active()->encode_feedback(pllm_data(x), rows, count, (int)d, pllm_data(table),
                                             (int)k, pllm_data(metric), pllm_data(feedback),
-                                            pllm_data(previous), pllm_data(index), threads);
+                                            pllm_data(previous), sweeps, pllm_data(index), threads);
     Py_END_ALLOW_THREADS
     if (!pllm_succeeded(status))
         Py_CLEAR(index);

@@ -331,15 +331,19 @@ typedef void pllm_cluster_sums_fn(const float *x, ptrdiff_t n, int d, const int3
 /* Chooses the sub-vectors of each row one after another, every error made fed into later targets:
  *     q[l] = x[l] + sum over m < l of (x[m] - table[index[m]]) feedback[m, l]
  *     index[l] = the t of the smallest (q[l] - t)' metric[l] (q[l] - t), lowest index on ties,
- * where x[l] are d columns of x and feedback[m, l] is a (d, d) block of it. With `previous`, an earlier
- * choice, q[l] also gets the sum over m > l of (x[m] - table[previous[m]]) feedback[m, l].
+ * where x[l] are d columns of x and feedback[m, l] is a (d, d) block of it.
+ * With `previous`, an earlier choice, all are chosen `sweeps` times, each given the newest choice of all others
+ * (q[l] has the sum over m > l as well): from the first to the last, then from the last to the first, and so on.
+ * A sum over one side is a chain of fused multiply-adds that starts at zero, with sub-vectors from the end of the row
+ * inwards and the columns of each in order; q is x plus the sum over the side still ahead, plus the other.
  * x: (rows, count d).  table: (k, d).  metric: (count, d, d), each symmetric, positive definite.
  * feedback: (count d, count d); diagonal blocks are not read, those below only with previous.
- * previous: (rows, count), each 0..k-1, or NULL.  index: (rows, count), may be previous.
+ * previous: (rows, count), each 0..k-1, or NULL.  sweeps: at least 1; 1 without previous.
+ * index: (rows, count), may be previous.
  * NaN and Inf as in search_slice.  Returns PLLM_OK or PLLM_ENOMEM. */
 typedef int pllm_encode_feedback_fn(const float *x, ptrdiff_t rows, ptrdiff_t count, int d,
                                     const float *table, int k, const float *metric,
-                                    const float *feedback, const int32_t *previous,
+                                    const float *feedback, const int32_t *previous, int sweeps,
                                     int32_t *index, int threads);
 
 #define PLLM_FEEDBACK_KERNELS(X) X(encode_feedback)

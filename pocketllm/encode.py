@@ -229,10 +229,9 @@ def _encode_feedback(values: np.ndarray, table: np.ndarray, factors: Factors) ->
     rows, d = len(values), table.shape[1]
     ordered = values.reshape(rows, -1, d)[:, factors.order].reshape(rows, -1)
     found = kernels.encode_feedback(ordered, table, factors.metric, factors.feedback)
-    for _ in range(AGAIN):
-        found = kernels.encode_feedback(
-            ordered, table, factors.fixed_metric, factors.fixed_feedback, found
-        )
+    if AGAIN:
+        fixed = factors.fixed_metric, factors.fixed_feedback
+        found = kernels.encode_feedback(ordered, table, *fixed, found, AGAIN)
     index = np.empty_like(found)
     index[:, factors.order] = found
     return index

@@ -621,14 +621,21 @@ def cluster_sums(
 
 
 def encode_feedback(
-    x: Floats, table: Floats, metric: Floats, feedback: Floats, previous: Ints | None = None
+    x: Floats,
+    table: Floats,
+    metric: Floats,
+    feedback: Floats,
+    previous: Ints | None = None,
+    sweeps: int = 1,
 ) -> Ints:
     """Choose the sub-vectors of each row in order, feeding every error into the later targets.
 
     ``q[l] = x[l] + sum over m < l of (x[m] - table[index[m]]) @ feedback[m, l]``, and ``index[l]``
     is the entry t of the smallest ``(q[l] - t) @ metric[l] @ (q[l] - t)``, lowest index on ties;
     x[l] are the columns ``l*d .. l*d + d - 1`` and feedback[m, l] is the (d, d) block. With
-    ``previous``, an earlier choice, q[l] also gets what that choice of the sub-vectors m > l adds.
+    ``previous``, an earlier choice, all are chosen again, each given the newest choice of all
+    others: q[l] has the sum over m > l as well. This is done ``sweeps`` times, from the first to
+    the last, then from the last to the first, and so on; each after the first costs half as much.
 
     Args:
         x: (rows, L*d) normalised rows, columns in the order of encoding.
@@ -636,8 +643,9 @@ def encode_feedback(
         metric: (L, d, d), symmetric and positive definite.
         feedback: (L*d, L*d); diagonal blocks are not read, those below only with ``previous``.
         previous: int32 (rows, L), each 0..K-1.
+        sweeps: at least 1, and 1 without ``previous``.
 
     Returns:
         int32 (rows, L).
     """
-    return _kernels.encode_feedback(x, table, metric, feedback, previous, _threads())
+    return _kernels.encode_feedback(x, table, metric, feedback, previous, sweeps, _threads())

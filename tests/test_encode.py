@@ -59,8 +59,10 @@ def test_kernel_equals_its_twin(isa: str, rows: int, count: int, d: int, k: int)
     got = kernels.encode_feedback(x, table, metric, feedback)
     assert got.dtype == np.int32 and got.shape == (rows, count)
     assert np.array_equal(got, want)
-    again = kernels.encode_feedback(x, table, metric, feedback, got)
-    assert np.array_equal(again, reference.encode_feedback(x, table, metric, feedback, want))
+    for sweeps in (1, 2, 3):
+        again = kernels.encode_feedback(x, table, metric, feedback, got, sweeps)
+        twin = reference.encode_feedback(x, table, metric, feedback, want, sweeps)
+        assert np.array_equal(again, twin)
     strided = kernels.encode_feedback(np.asfortranarray(x), table, metric, feedback)
     assert np.array_equal(strided, want)
 
@@ -74,7 +76,8 @@ def test_threads_do_not_matter() -> None:
     for threads in (1, 2, 5):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        results.append(kernels.encode_feedback(x, table, f.metric, f.feedback))
+        found = kernels.encode_feedback(x, table, f.metric, f.feedback)
+        results.append(kernels.encode_feedback(x, table, f.metric, f.fixed_feedback, found, 2))
         torch.set_num_threads(before)
     assert all(np.array_equal(r, results[0]) for r in results)
 
@@ -90,6 +93,8 @@ def test_kernel_refuses() -> None:
         kernels.encode_feedback(x, table, metric, feedback[:, :7])
     with pytest.raises(ValueError, match="previous: an index: got 5, want 0..4"):
         kernels.encode_feedback(x, table, metric, feedback, np.full((2, 2), 5, np.int32))
+    with pytest.raises(ValueError, match=r"sweeps: got 2, want 1..1"):
+        kernels.encode_feedback(x, table, metric, feedback, sweeps=2)
 
 
 @pytest.mark.parametrize("columns, d", [(12, 4), (30, 4), (7, 3), (5, 1), (3, 8)])

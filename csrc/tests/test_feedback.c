@@ -3,7 +3,7 @@
 #include "check.h"
 
 typedef struct {
-    int rows, count, d, k, threads, again;
+    int rows, count, d, k, threads, sweeps; /* sweeps after the first choice */
 } feedback_case;
 
 static void apply(const float *metric, int d, const float *x, float *y)
@@ -36,26 +36,42 @@ static int choose(const feedback_case *c, const float *table, const float *metri
     return best;
 }
 
-/* One row: what an earlier choice adds comes first, then every error is fed into all later columns as
- * soon as it is known. index: the choice, and the earlier one when there is one. */
-static void encode_row(const feedback_case *c, int again, const float *x, const float *table,
-                       const float *metric, const float *feedback, float *target, int32_t *index)
+/* sum (length) += what the errors of sub-vector l mean for the columns from..to-1. */
+static void feed(const feedback_case *c, const float *x, const float *table, const float *feedback, int l, int entry,
+                 int from, int to, float *sum)
 {
-    int length = c->count * c->d;
-    memcpy(target, x, (size_t)length * sizeof *target);
-    for (int m = 0; m < length && again; m++) {
-        float error = x[m] - table[index[m / c->d] * c->d + m % c->d];
-        for (int n = 0; n < m / c->d * c->d; n++)
-            target[n] = fmaf(error, feedback[m * length + n], target[n]);
+    for (int a = 0; a < c->d; a++) {
+        const int m = l * c->d + a;
+        const float error = x[m] - table[entry * c->d + a];
+        for (int n = from; n < to; n++)
+            sum[n] = fmaf(error, feedback[m * c->count * c->d + n], sum[n]);
     }
-    for (int l = 0; l < c->count; l++) {
-        index[l] = choose(c, table, metric + l * c->d * c->d, target + l * c->d);
-        for (int a = 0; a < c->d; a++) {
-            int m = l * c->d + a;
-            float error = x[m] - table[index[l] * c->d + a];
-            for (int n = (l + 1) * c->d; n < length; n++)
-                target[n] = fmaf(error, feedback[m * length + n], target[n]);
+}
+
+/* One row, every error fed into all columns ahead as soon as it is known. sweep: 0 the first choice, then 1, 2, ...
+ * sums: (2, length) over the sub-vectors before and behind. */
+static void encode_row(const feedback_case *c, int sweep, const float *x, const float *table,
+                       const float *metric, const float *feedback, float *sums, int32_t *index)
+{
+    const int d = c->d, length = c->count * d, back = sweep > 0 && sweep % 2 == 0;
+    float *const done = sums + (back ? length : 0), *const ahead = sums + (back ? 0 : length);
+    memset(done, 0, (size_t)length * sizeof *done);
+    if (sweep == 1) {
+        memset(ahead, 0, (size_t)length * sizeof *ahead);
+        for (int l = c->count - 1; l >= 0; l--)
+            feed(c, x, table, feedback, l, index[l], 0, l * d, ahead);
+    }
+    for (int i = 0; i < c->count; i++) {
+        const int l = back ? c->count - 1 - i : i;
+        float q[PLLM_MAX_SUBVECTOR];
+        for (int a = 0; a < d; a++) {
+            q[a] = x[l * d + a];
+            if (sweep > 0)
+                q[a] += ahead[l * d + a];
+            q[a] += done[l * d + a];
         }
+        index[l] = choose(c, table, metric + l * d * d, q);
+        feed(c, x, table, feedback, l, index[l], back ? 0 : (l + 1) * d, back ? l * d : length, done);
     }
 }
 
@@ -66,7 +82,7 @@ static void check_feedback(const pllm_kernels *k, feedback_case c)
     float *table = new_normals((size_t)(c.k * c.d));
     float *metric = new_floats((size_t)(c.count * c.d * c.d));
     float *feedback = new_normals((size_t)length * (size_t)length);
-    float *target = new_floats((size_t)length);
+    float *sums = new_floats(2 * (size_t)length);
     int32_t *index = new_ints((size_t)(c.rows * c.count)), *want = new_ints((size_t)c.count);
     for (int l = 0; l < c.count; l++)
         for (int a = 0; a < c.d; a++)
@@ -79,15 +95,15 @@ static void check_feedback(const pllm_kernels *k, feedback_case c)
     for (int i = 0; i < c.k / 3; i++) /* duplicates: the lowest index must win */
         memcpy(table + (c.k - 1 - i) * c.d, table + i * c.d, (size_t)c.d * sizeof(float));
 
-    int status = k->encode_feedback(x, c.rows, c.count, c.d, table, c.k, metric, feedback, NULL,
+    int status = k->encode_feedback(x, c.rows, c.count, c.d, table, c.k, metric, feedback, NULL, 1,
                                     index, c.threads);
-    if (c.again)
+    if (c.sweeps)
         status |= k->encode_feedback(x, c.rows, c.count, c.d, table, c.k, metric, feedback, index,
-                                     index, c.threads);
+                                     c.sweeps, index, c.threads);
     CHECK(status == PLLM_OK, "encode_feedback returned %d", status);
     for (int r = 0; r < c.rows; r++) {
-        for (int again = 0; again <= c.again; again++)
-            encode_row(&c, again, x + r * length, table, metric, feedback, target, want);
+        for (int sweep = 0; sweep <= c.sweeps; sweep++)
+            encode_row(&c, sweep, x + r * length, table, metric, feedback, sums, want);
         for (int l = 0; l < c.count; l++)
             CHECK(index[r * c.count + l] == want[l],
                   "rows %d count %d d %d k %d: index[%d][%d] is %d, want %d", c.rows, c.count, c.d,
@@ -97,7 +113,7 @@ static void check_feedback(const pllm_kernels *k, feedback_case c)
     free(table);
     free(metric);
     free(feedback);
-    free(target);
+    free(sums);
     free(index);
     free(want);
 }
@@ -107,9 +123,9 @@ void test_feedback(const pllm_kernels *k);
 void test_feedback(const pllm_kernels *k)
 {
     static const feedback_case cases[] = {
-        {0, 3, 2, 4, 1, 1},   {1, 1, 1, 2, 1, 1},    {3, 0, 4, 8, 1, 0},  {1, 64, 4, 33, 2, 1},
-        {63, 7, 4, 16, 1, 0}, {64, 33, 4, 40, 2, 1}, {65, 19, 7, 31, 3, 1}, {130, 9, 16, 50, 2, 1},
-        {5, 131, 1, 9, 2, 1}, {67, 43, 3, 64, 4, 1}, {66, 77, 4, 20, 2, 1}, {129, 57, 5, 100, 3, 1},
+        {0, 3, 2, 4, 1, 1},   {1, 1, 1, 2, 1, 1},    {3, 0, 4, 8, 1, 0},    {1, 64, 4, 33, 2, 1},
+        {63, 7, 4, 16, 1, 0}, {64, 33, 4, 40, 2, 2}, {65, 19, 7, 31, 3, 1}, {130, 9, 16, 50, 2, 3},
+        {5, 131, 1, 9, 2, 2}, {67, 43, 3, 64, 4, 3}, {66, 77, 4, 20, 2, 2}, {129, 57, 5, 100, 3, 1},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         check_feedback(k, cases[i]);

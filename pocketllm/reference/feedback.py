@@ -12,6 +12,7 @@ def encode_feedback(
     metric: NDArray[np.float32],
     feedback: NDArray[np.float32],
     previous: NDArray[np.int32] | None = None,
+    sweeps: int = 1,
 ) -> NDArray[np.int32]:
     """Twin of :func:`pocketllm.kernels.encode_feedback`, in float64."""
     rows, d = len(x), table.shape[1]
@@ -20,14 +21,16 @@ def encode_feedback(
     if previous is not None:
         error = x - entries[previous].reshape(x.shape)
     index = np.zeros((rows, len(metric)), np.int32)
-    for place, inner in enumerate(metric.astype(np.float64)):
-        here = slice(place * d, place * d + d)
-        others = feedback[:, here].astype(np.float64)
-        others[here] = 0.0
-        if previous is None:
-            others[place * d :] = 0.0
-        target = x[:, here] + error @ others
-        gap = target[:, None] - entries
-        index[:, place] = np.einsum("rka,ab,rkb->rk", gap, inner, gap).argmin(1)
-        error[:, here] = x[:, here] - entries[index[:, place]]
+    for sweep in range(sweeps):
+        places = range(len(metric))
+        for place in reversed(places) if sweep % 2 else places:
+            here = slice(place * d, place * d + d)
+            others = feedback[:, here].astype(np.float64)
+            others[here] = 0.0
+            if previous is None:
+                others[place * d :] = 0.0
+            gap = (x[:, here] + error @ others)[:, None] - entries
+            scores = np.einsum("rka,ab,rkb->rk", gap, metric[place].astype(np.float64), gap)
+            index[:, place] = scores.argmin(1)
+            error[:, here] = x[:, here] - entries[index[:, place]]
     return index
