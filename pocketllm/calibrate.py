@@ -183,7 +183,9 @@ class Calibrator:
         self.name, self._layers = decoder_layers(model)
         self._names = {id(m): n for n, m in model.named_modules()}
         self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(workers or self._threads, initializer=_one_thread)
+        self._pool = ThreadPoolExecutor(
+            workers or self._threads, initializer=torch.set_num_threads, initargs=(1,)
+        )
         self.progress: Callable[[float], None] | None = None
         self._local = threading.local()
         self._weights = weights or LoadedWeights(model)
@@ -532,10 +534,6 @@ def _row_squares(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> np.ndarr
         block = sum((g[:, rows].T @ x for x, g in flat[1:]), flat[0][1][:, rows].T @ flat[0][0])
         sums.append(block.square().sum(1, dtype=torch.float64).numpy())
     return np.concatenate(sums)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _means(

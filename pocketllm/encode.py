@@ -10,7 +10,8 @@ Then every sub-vector is chosen again, given all others, which can only lower th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -30,8 +31,11 @@ FLOOR = 1e-3
 AGAIN = 2
 # Rows of a matrix whose error is computed together.
 ROWS_TOGETHER = 512
-# Rows of H that are in memory once more, several times in float64, while it is factored.
-FACTOR_ROWS = 128
+# Rows of H that are factored before the rest is told, and those that each thread has in memory once
+# more, several times in float64, when it reads them.
+FACTOR_PANEL, FACTOR_ROWS = 512, 128
+# Calls a function for each of some numbers, by several threads, and returns when all are done.
+Each = Callable[[Callable[[int], None], Iterable[int]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +86,11 @@ class Factors:
 
 
 def factorise(hessian: np.ndarray, subvector: int, damping: float = DAMPING) -> Factors:
-    """Factors of H (in, in) in blocks of ``subvector`` columns, in float64 on one thread.
+    """Factors of H (in, in) in blocks of ``subvector`` columns, in float64.
 
     ``damping`` is a share of the diagonal that is added to it. Columns that pad the last sub-vector
-    weigh next to nothing. Beside H and the result, (in)² doubles are in memory.
+    weigh next to nothing. Beside H and the result, half of (in)² doubles are in memory. Each number
+    is computed by one of torch's threads, so that rounding does not depend on how many there are.
 
     Raises:
         PocketError: NaN or Inf in H.
@@ -95,7 +100,7 @@ def factorise(hessian: np.ndarray, subvector: int, damping: float = DAMPING) -> 
     length = count * d
     if not np.isfinite(hessian.sum(dtype=np.float64)):
         raise PocketError("hessian: holds NaN or Inf; the calibration overflowed")
-    with _one_thread():
+    with _threads() as each:
         h = torch.from_numpy(hessian)
         if length > columns:
             h = torch.nn.functional.pad(h, (0, length - columns, 0, length - columns))
@@ -103,73 +108,122 @@ def factorise(hessian: np.ndarray, subvector: int, damping: float = DAMPING) -> 
         mean = float(diagonal[:columns].mean())
         diagonal += damping * diagonal + (FLOOR * mean if mean > 0 else 1.0)
         order = torch.argsort(diagonal.view(count, d).sum(1), descending=True, stable=True)
-        metric, feedback = _free(h, diagonal, order)
-        fixed_metric, fixed_feedback = _fixed(h, diagonal, order)
+        metric, feedback = _free(h, diagonal, order, each)
+        fixed_metric, fixed_feedback = _fixed(h, diagonal, order, each)
     parts = (metric, feedback, fixed_metric, fixed_feedback)
     return Factors(order.numpy(), *(part.numpy() for part in parts))
 
 
-def _rows(
-    h: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """H with this diagonal, its blocks in this order: (first block, (blocks, d, L*d) float64)."""
-    count = len(order)
-    d = len(h) // count
-    columns = (order[:, None] * d + torch.arange(d)).flatten()
-    step = max(1, FACTOR_ROWS // d)
-    for first in range(0, count, step):
-        rows = columns[first * d : (first + step) * d]
-        part = h[rows][:, columns].double()
-        part.diagonal(first * d)[:] = diagonal[rows]
-        yield first, part.view(-1, d, len(h))
+class _Rows:
+    """H with this diagonal, its blocks of d rows and columns in this order."""
+
+    def __init__(self, h: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> None:
+        self._h, self._diagonal = h, diagonal
+        self._d = len(h) // len(order)
+        self._columns = (order[:, None] * self._d + torch.arange(self._d)).flatten()
+
+    def read(self, blocks: slice) -> torch.Tensor:
+        """These blocks, (blocks * d, L * d) float64."""
+        rows = self._columns[blocks.start * self._d : blocks.stop * self._d]
+        part = self._h[rows][:, self._columns].double()
+        part.diagonal(blocks.start * self._d)[:] = self._diagonal[rows]
+        return part
+
+
+def _cut(count: int, step: int) -> list[slice]:
+    """0..count-1 in slices of ``step``, the last one shorter."""
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 def _free(
-    h: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor
+    h: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor, each: Each
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Metric and feedback with H = U D Uᵀ, U unit block upper triangular, D the metrics.
 
     The lower Cholesky factor of H with its blocks in reverse order, turned round again, is U with
     the roots of D in its diagonal blocks.
     """
-    count = len(order)
-    d = len(h) // count
-    reverse = torch.empty(count, d, len(h), dtype=torch.float64)
-    for first, part in _rows(h, diagonal, order.flip(0)):
-        reverse[first : first + len(part)] = part
-    # LAPACK writes the factor over what it factors when that is in its own, transposed layout.
-    square = reverse.view(len(h), len(h)).mT
-    torch.linalg.cholesky_ex(
-        square, check_errors=True, out=(square, torch.empty(0, dtype=torch.int32))
-    )
-    blocks = reverse.view(count, d, count, d)
-    roots = torch.stack([blocks[j, :, j].T for j in reversed(range(count))])
-    feedback = torch.empty(len(h), count, d)
-    step = max(1, FACTOR_ROWS // d)
-    for first in range(0, count, step):
+    count, length = len(order), len(h)
+    d = length // count
+    rows = _Rows(h, diagonal, order.flip(0))
+    slices = _cut(count, FACTOR_PANEL // d)
+    shapes = [((s.stop - s.start) * d, length - s.start * d) for s in slices]
+    # All in one piece, which the system has back as soon as it is free.
+    memory = torch.empty(sum(high * wide for high, wide in shapes), dtype=torch.float64)
+    pieces = memory.split([high * wide for high, wide in shapes])
+    panels = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    def read(at: int) -> None:
+        start, stop = slices[at].start, slices[at].stop
+        for part in _cut(stop - start, FACTOR_ROWS // d):
+            found = rows.read(slice(start + part.start, start + part.stop))
+            panels[at][part.start * d : part.stop * d] = found[:, start * d :]
+
+    each(read, range(len(panels)))
+    _cholesky(panels, each)
+    metric = torch.empty(count, d, d)
+    feedback = torch.from_numpy(np.zeros((length, count, d), np.float32))
+
+    def scale(at: int) -> None:
         # U is the factor's columns times the inverse of each column's root.
-        part = reverse[max(0, count - first - step) : count - first].view(-1, d, count, d)
-        columns = part.flip(0, 2).permute(0, 2, 3, 1).reshape(-1, len(h), d)
-        these = slice(first, first + len(columns))
-        upper = torch.linalg.solve_triangular(roots[these], columns, upper=False, left=False)
-        feedback[:, these] = upper.permute(1, 0, 2)
-    return (roots @ roots.mT).float(), feedback.view(len(h), len(h))
+        start = slices[at].start
+        factor = panels[at].view(-1, d, count - start, d)
+        for part in _cut(len(factor), FACTOR_ROWS // d):
+            these = slice(count - start - part.stop, count - start - part.start)
+            blocks = factor[part].flip(0, 2).permute(0, 2, 3, 1)
+            roots = torch.stack([factor[i, :, i].T for i in reversed(range(part.start, part.stop))])
+            metric[these] = (roots @ roots.mT).float()
+            columns = blocks.reshape(len(roots), -1, d)
+            upper = torch.linalg.solve_triangular(roots, columns, upper=False, left=False)
+            feedback[: columns.shape[1], these] = upper.permute(1, 0, 2)
+
+    each(scale, range(len(panels)))
+    return metric, feedback.view(length, length)
+
+
+def _cholesky(panels: list[torch.Tensor], each: Each) -> None:
+    """Writes R, upper triangular with RᵀR = A, over A: panels of rows, from the diagonal on."""
+    ends = [panel.shape[1] for panel in panels]
+
+    def columns(at: int) -> slice:
+        """Those of a later panel, in the one at hand."""
+        return slice(ends[here] - ends[at], ends[here] - ends[at] + len(panels[at]))
+
+    def solve(at: int) -> None:
+        part = panels[here][:, columns(at)]
+        part[:] = torch.linalg.solve_triangular(own.mT, part, upper=False)
+
+    def subtract(at: int) -> None:
+        rest = panels[here][:, columns(at).start :]
+        panels[at].addmm_(panels[here][:, columns(at)].mT, rest, alpha=-1)
+
+    for here, panel in enumerate(panels):
+        own = panel[:, : len(panel)]
+        own[:] = torch.linalg.cholesky(own, upper=True)
+        each(solve, range(here + 1, len(panels)))
+        each(subtract, range(here + 1, len(panels)))
 
 
 def _fixed(
-    h: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor
+    h: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor, each: Each
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Diagonal blocks of H, and H over them, transposed."""
     count = len(order)
     d = len(h) // count
     metric = torch.empty(count, d, d)
     feedback = torch.empty(len(h), count, d)
-    for first, part in _rows(h, diagonal, order):
+    rows = _Rows(h, diagonal, order)
+    slices = _cut(count, FACTOR_ROWS // d)
+
+    def divide(at: int) -> None:
+        these = slices[at]
+        part = rows.read(these).view(-1, d, len(h))
         blocks = part.view(-1, d, count, d)
-        own = torch.stack([blocks[i, :, first + i] for i in range(len(blocks))])
-        these = slice(first, first + len(blocks))
+        own = torch.stack([blocks[i, :, these.start + i] for i in range(len(blocks))])
         metric[these] = own
         feedback[:, these] = torch.linalg.solve(own, part).permute(2, 0, 1)
+
+    each(divide, range(len(slices)))
     return metric, feedback.view(len(h), len(h))
 
 
@@ -259,11 +313,17 @@ def relative_errors(squares: np.ndarray) -> tuple[float, float]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """LAPACK on one thread, so that its rounding does not depend on how many there are."""
+def _threads() -> Iterator[Each]:
+    """As many threads as torch has, each of which computes alone what it is given."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+        def each(work: Callable[[int], None], numbers: Iterable[int]) -> None:
+            for _ in pool.map(work, numbers):
+                pass
+
+        torch.set_num_threads(1)
+        try:
+            yield each
+        finally:
+            torch.set_num_threads(threads)

@@ -365,7 +365,7 @@ def _memory(model: nn.Module, config: PocketConfig, targets: list[Target]) -> in
         widths = {t.shape[1] for t in layer}
         # Distinct inputs are about as many as the widths a layer's matrices have, and two more.
         moments = 4 * (sum(w * w for w in widths) + 2 * min(widths) ** 2)
-        factors = 3 * 4 * max(widths) ** 2
+        factors = 2 * 4 * max(widths) ** 2
         if config.codebook is None:  # the sensitivities: forwards and backwards
             peak = max(peak, weights + 2 * ACTIVATIONS)
         if config.calibration is not None:

@@ -67,19 +67,24 @@ def test_kernel_equals_its_twin(isa: str, rows: int, count: int, d: int, k: int)
     assert np.array_equal(strided, want)
 
 
-def test_threads_do_not_matter() -> None:
+def test_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
+    monkeypatch.setattr(encode, "FACTOR_PANEL", 20)
     x, table = normal(0, 200, 96), normal(1, 40, 4)
-    f = factorise(correlated(96, 400), 4)
     results = []
     for threads in (1, 2, 5):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
+        f = factorise(correlated(96, 400), 4)
+        assert torch.get_num_threads() == threads
+        results.append(f.feedback)
+        results.append(f.fixed_feedback)
         found = kernels.encode_feedback(x, table, f.metric, f.feedback)
         results.append(kernels.encode_feedback(x, table, f.metric, f.fixed_feedback, found, 2))
         torch.set_num_threads(before)
-    assert all(np.array_equal(r, results[0]) for r in results)
+    kinds = len(results) // 3
+    assert all(np.array_equal(r, results[i % kinds]) for i, r in enumerate(results))
 
 
 def test_kernel_refuses() -> None:
@@ -97,8 +102,13 @@ def test_kernel_refuses() -> None:
         kernels.encode_feedback(x, table, metric, feedback, sweeps=2)
 
 
-@pytest.mark.parametrize("columns, d", [(12, 4), (30, 4), (7, 3), (5, 1), (3, 8)])
-def test_factors_multiply_to_h(columns: int, d: int) -> None:
+@pytest.mark.parametrize("panel, rows", [(encode.FACTOR_PANEL, encode.FACTOR_ROWS), (16, 8)])
+@pytest.mark.parametrize("columns, d", [(12, 4), (30, 4), (7, 3), (55, 3), (32, 2), (5, 1), (3, 8)])
+def test_factors_multiply_to_h(
+    columns: int, d: int, panel: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "FACTOR_PANEL", panel)
+    monkeypatch.setattr(encode, "FACTOR_ROWS", rows)
     h = correlated(columns, 200)
     f = factorise(h, d, damping=0.0)
     length = len(f.feedback)
