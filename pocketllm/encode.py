@@ -20,6 +20,7 @@ import torch
 from . import kernels
 from .errors import PocketError
 from .layout import Rows, denormalise, subvector_count
+from .precision import bfloat16_factors
 from .stored import StoredCodec
 
 # Share of H's diagonal that is added to it: what the text at hand says about correlations is
@@ -275,8 +276,10 @@ def encode_rows(
 def _squares(weight: np.ndarray, made: np.ndarray, hessian: np.ndarray | None) -> np.ndarray:
     gap = weight - made
     plain = [np.square(x).sum(dtype=np.float64) for x in (gap, weight)]
-    under = [np.nan] * 2 if hessian is None else [_under(x, hessian) for x in (gap, weight)]
-    return np.array([*plain, *under])
+    if hessian is None:
+        return np.array([*plain, np.nan, np.nan])
+    with bfloat16_factors():
+        return np.array([*plain, *(_under(x, hessian) for x in (gap, weight))])
 
 
 def _encode_feedback(values: np.ndarray, table: np.ndarray, factors: Factors) -> np.ndarray:

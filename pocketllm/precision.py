@@ -15,8 +15,8 @@ def bfloat16_factors() -> Iterator[None]:
 
     For products with the activations of a model, which is what calibrating takes most of its time
     for: checkpoints are bfloat16 themselves, and the error of a product, 0.2 %, is far below what
-    compressed weights bring. Not for what follows from second moments: a small error under H is a
-    sum of large terms that nearly cancel.
+    compressed weights bring. And for figures that are only shown. Not for choices under second
+    moments: a small error there is a sum of large terms that nearly cancel.
 
     ``torch.backends.mkldnn.matmul.fp32_precision`` (from torch 2.9 on), where a program has set it,
     decides instead.

@@ -131,6 +131,7 @@ def test_factors_multiply_to_h(
     assert (np.diff(mass) <= 1e-6 * mass[0]).all()
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("rows, columns, d", [(40, 64, 4), (40, 61, 4), (9, 30, 8), (64, 24, 1)])
 def test_feedback_lowers_the_output_error(rows: int, columns: int, d: int) -> None:
     weight, h = normal(5, rows, columns), correlated(columns, 500)
