@@ -20,7 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from .errors import PocketError
-from .precision import bfloat16_factors
+from .precision import bfloat16_factors, bfloat16_linears
 from .weights import LoadedWeights, Weights
 from .workspace import writing
 
@@ -226,19 +226,23 @@ class Calibrator:
         moments = self._collect(len(self._layers), {self._names[id(head)]: head})
         return next(iter(moments.values()), None)
 
-    @bfloat16_factors()
     def first_inputs(self) -> HiddenStates:
         """Input (length, hidden) of the first layer, of every window."""
         windows = range(len(self.windows))
         return self._kept(self._each(lambda w: self._run(w, 0, None, collect=True)[0], windows))
 
-    @bfloat16_factors()
     def forward(self, index: int, states: HiddenStates) -> HiddenStates:
         """Outputs (length, hidden) of a layer for these inputs. To be asked for in order."""
         layer = self._layers[index]
-        with self._weights.visit(layer), self._weights.run(layer):
+        with self._weights.visit(layer), self._runnable(layer):
             windows = range(len(states))
             return self._kept(self._each(lambda w: self._run(w, index, states[w])[0], windows))
+
+    @contextmanager
+    def _runnable(self, layer: nn.Module) -> Iterator[None]:
+        """Within it the layer can be run, with its products as quick as the processor has them."""
+        with bfloat16_factors(), self._weights.run(layer), bfloat16_linears(layer):
+            yield
 
     def _kept(self, states: Iterator[torch.Tensor]) -> HiddenStates:
         kept: HiddenStates | None = None
@@ -282,7 +286,6 @@ class Calibrator:
         finally:
             handle.remove()
 
-    @bfloat16_factors()
     def backward(
         self, index: int, states: HiddenStates, gradients: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], dict[str, np.ndarray]]:
@@ -296,7 +299,7 @@ class Calibrator:
         targets = CalibratedLayer(self, index, f"{self.name}.{index}", layer).targets
         squares = {name: np.zeros(1) for name in targets}
         before = []
-        with self._weights.visit(layer), self._weights.run(layer):
+        with self._weights.visit(layer), self._runnable(layer):
             modules = {name: self.model.get_submodule(name) for name in targets}
             handles = [m.register_forward_hook(self._output_hook(n)) for n, m in modules.items()]
 
@@ -326,7 +329,7 @@ class Calibrator:
         return before, squares
 
     def _hessians(self, index: int, layer: CalibratedLayer) -> dict[str, np.ndarray]:
-        with self._weights.run(layer.module):
+        with self._runnable(layer.module):
             return self._collect(index, {n: self.model.get_submodule(n) for n in layer.targets})
 
     @bfloat16_factors()
@@ -420,11 +423,10 @@ class Calibrator:
 
         return note
 
-    @bfloat16_factors()
     def _advance(self, index: int) -> None:
         hidden = self._hidden
         assert hidden is not None
-        with self._weights.run(self._layers[index]):
+        with self._runnable(self._layers[index]):
             windows = range(len(self.windows))
             outputs = self._each(lambda w: self._run(w, index, hidden[w])[0], windows)
             for window, output in enumerate(outputs):

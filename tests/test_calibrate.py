@@ -11,6 +11,7 @@ import torch
 from tiny_models import ARCHITECTURES, tiny_model
 from torch import nn
 
+from pocketllm import kernels
 from pocketllm.calibrate import Calibrator, decoder_layers, read_windows
 from pocketllm.errors import PocketError
 from pocketllm.layout import walk
@@ -77,16 +78,25 @@ def test_equals_a_full_forward(architecture: str) -> None:
     assert "forward" not in vars(decoder_layers(model)[1][0])
 
 
-def test_factors_may_be_rounded_to_bfloat16() -> None:
-    model = tiny_model("llama")
-    precisions: list[str] = []
-    layer = decoder_layers(model)[1][0]
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("isas, dtype", [(["avx512"], torch.float32), (["amx"], torch.bfloat16)])
+def test_factors_may_be_rounded_to_bfloat16(
+    isas: list[str], dtype: torch.dtype, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "available_isas", lambda: isas)
+    model = tiny_model(architecture)
+    before = {n: p.clone() for n, p in model.state_dict().items()}
     matmul = torch.backends.mkldnn.matmul
-    layer.register_forward_pre_hook(lambda *_: precisions.append(matmul.fp32_precision))
-    got, exact = collect(model), naive(model)
-    assert set(precisions) == {"bf16", "none"}  # the second by naive()
-    assert matmul.fp32_precision == "none"
-    for name, h in exact.items():
+    seen: set[Any] = set()
+    linear = decoder_layers(model)[1][0].self_attn.q_proj
+    linear.register_forward_hook(
+        lambda m, args, y: seen.add((matmul.fp32_precision, m.weight.dtype, y.dtype))
+    )
+    got = collect(model)
+    assert seen == {("bf16", dtype, torch.float32)}
+    assert matmul.fp32_precision == "none" and "forward" not in vars(linear)
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+    for name, h in naive(model).items():
         # bfloat16 has eight bits: each rounding errs by at most 2^-9, in a few products one behind
         # the other.
         assert np.linalg.norm(got[name] - h) <= 2**-6 * np.linalg.norm(h), name
