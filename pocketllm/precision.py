@@ -35,29 +35,32 @@ def bfloat16_factors() -> Iterator[None]:
         matmul.fp32_precision = "none"
 
 
-@contextmanager
-def bfloat16_linears(layer: nn.Module) -> Iterator[None]:
-    """Within it, the linears of a decoder layer multiply in bfloat16; what goes in and out of them
-    stays float32.
+def linear_dtype(module: nn.Module) -> torch.dtype:
+    """What the weight of a module of a decoder layer is held in while the layer runs.
 
-    Where :func:`bfloat16_factors` lets torch do the same it converts the weights in every call. On
-    processors without tiles (AMX) products in bfloat16 are no faster, and nothing changes.
+    bfloat16 for linears, where :func:`bfloat16_factors` lets torch round to it and the processor
+    has tiles (AMX): else torch would convert float32 weights in every call. On other processors
+    products in bfloat16 are no faster.
     """
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if matmul is None or matmul.fp32_precision != "bf16" or "amx" not in kernels.available_isas():
-        yield
-        return
+    rounds = matmul is not None and matmul.fp32_precision == "bf16"
+    if rounds and type(module) is nn.Linear and "amx" in kernels.available_isas():
+        return torch.bfloat16
+    return torch.float32
+
+
+@contextmanager
+def bfloat16_linears(layer: nn.Module) -> Iterator[None]:
+    """Within it, linears whose weight is bfloat16 take and give float32."""
     linears = [m for m in layer.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-    kept = [linear.weight.data for linear in linears]
+    linears = [linear for linear in linears if linear.weight.dtype == torch.bfloat16]
+    for linear in linears:
+        linear.forward = _in_bfloat16(linear)
     try:
-        for linear in linears:
-            linear.weight.data = linear.weight.data.bfloat16()
-            linear.forward = _in_bfloat16(linear)
         yield
     finally:
-        for linear, weight in zip(linears, kept, strict=True):
-            linear.weight.data = weight
-            vars(linear).pop("forward", None)
+        for linear in linears:
+            del linear.forward
 
 
 def _in_bfloat16(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -24,6 +24,7 @@ from .dense import load_model, meta_model, quiet
 from .errors import PocketError
 from .hf import dense_tensors, dtype_name, saved_tensors, tensor_bytes
 from .layout import Target
+from .precision import linear_dtype
 from .tensorfile import (
     INDEX_NAME,
     WEIGHTS_NAME,
@@ -70,7 +71,8 @@ class Weights(Protocol):
         """Surrounds everything that is done with a decoder layer."""
 
     def run(self, layer: nn.Module) -> AbstractContextManager[None]:
-        """Within it the layer can be run: its parameters are there, in float32."""
+        """Within it the layer can be run: its parameters are there, weights of linears as
+        :func:`pocketllm.precision.linear_dtype` says, all else in float32."""
 
     def hold(self, module: nn.Module) -> Callable[[], None]:
         """The module's own parameters are there in float32 until what it returns is called."""
@@ -107,18 +109,26 @@ class LoadedWeights:
 
     @contextmanager
     def visit(self, layer: nn.Module) -> Iterator[None]:
-        restore = to_float32(layer)
+        restore = to_float32([*layer.parameters(), *layer.buffers()])
         try:
             yield
         finally:
             restore()
 
-    def run(self, layer: nn.Module) -> AbstractContextManager[None]:
-        del layer
-        return nullcontext()
+    @contextmanager
+    def run(self, layer: nn.Module) -> Iterator[None]:
+        narrow = [m for m in layer.modules() if linear_dtype(m) == torch.bfloat16]
+        kept = [module.weight.data for module in narrow]
+        try:
+            for module in narrow:
+                module.weight.data = module.weight.data.bfloat16()
+            yield
+        finally:
+            for module, weight in zip(narrow, kept, strict=True):
+                module.weight.data = weight
 
     def hold(self, module: nn.Module) -> Callable[[], None]:
-        return to_float32(module, recurse=False)
+        return to_float32([*module.parameters(recurse=False), *module.buffers(recurse=False)])
 
     def hold_embedding(self, module: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
         del module, tokens
@@ -195,18 +205,25 @@ class StreamedWeights:
         undo: list[Callable[[], None]] = []
         try:
             for module in layer.modules():
-                undo.append(self.hold(module))
+                undo.append(self._held(module, linear_dtype(module)))
             yield
         finally:
             for restore in undo:
                 restore()
 
     def hold(self, module: nn.Module) -> Callable[[], None]:
+        return self._held(module, torch.float32)
+
+    def _held(self, module: nn.Module, weight_dtype: torch.dtype) -> Callable[[], None]:
         empty = dict(module._parameters)
         for key, parameter in empty.items():
             if parameter is not None:
-                module._parameters[key] = _parameter(self._current(self._names[id(parameter)]))
-        undo = to_float32(module, recurse=False)
+                current = self._current(self._names[id(parameter)])
+                dtype = weight_dtype if key == "weight" else torch.float32
+                module._parameters[key] = _parameter(
+                    current.to(dtype) if current.is_floating_point() else current
+                )
+        undo = to_float32(module.buffers(recurse=False))
 
         def release() -> None:
             module._parameters.update(empty)
@@ -382,9 +399,8 @@ def _read(tensor: StoredTensor, first: int = 0, count: int | None = None) -> tor
     return values
 
 
-def to_float32(module: nn.Module, *, recurse: bool = True) -> Callable[[], None]:
-    """Casts floating parameters and buffers in place; the function returned casts them back."""
-    tensors = [*module.parameters(recurse), *module.buffers(recurse)]
+def to_float32(tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
+    """Casts floating tensors in place; the function returned casts them back."""
     kept = [(t, t.dtype) for t in tensors if t.is_floating_point() and t.dtype != torch.float32]
     for tensor, _ in kept:
         tensor.data = tensor.data.float()

@@ -187,6 +187,7 @@ def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
             matrix(weights, target)
 
 
+@pytest.mark.usefixtures("float32_products")
 def test_moments_of_wide_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than one block: only blocks on and below the diagonal are multiplied."""
     monkeypatch.setattr(calibrate, "MOMENT_ROWS", 16)
