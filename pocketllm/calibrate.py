@@ -4,8 +4,9 @@ H = E[x xᵀ] over the tokens of a calibration text, x the input of a linear. La
 order, and a layer sees what the layers before it give *after* the caller has replaced their
 weights, so that later layers are fitted to inputs that already carry the earlier layers' errors.
 
-Memory: one decoder layer in float32, the second moments of one layer, and what it computes on a few
-windows; the hidden states between layers (windows x length x hidden, float32) wait in a file.
+Memory: one decoder layer in float32 (for its linears see precision.py), the second moments of one
+layer, and what it computes on a few windows; the hidden states between layers (windows x length x
+hidden, float32) wait in a file.
 Nothing depends on the number of workers, to the bit: a window is computed by one thread, a block of
 a matrix of moments too, and windows are summed in order.
 """

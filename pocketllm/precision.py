@@ -24,15 +24,20 @@ def bfloat16_factors() -> Iterator[None]:
     ``torch.backends.mkldnn.matmul.fp32_precision`` (from torch 2.9 on), where a program has set it,
     decides instead.
     """
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if matmul is None or matmul.fp32_precision != "none":
+    if _precision() != "none":
         yield
         return
-    matmul.fp32_precision = "bf16"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
-        matmul.fp32_precision = "none"
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+def _precision() -> str | None:
+    """How torch may round the factors of float32 products; None where it cannot be told."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    return None if matmul is None else str(matmul.fp32_precision)
 
 
 def linear_dtype(module: nn.Module) -> torch.dtype:
@@ -40,20 +45,20 @@ def linear_dtype(module: nn.Module) -> torch.dtype:
 
     bfloat16 for linears, where :func:`bfloat16_factors` lets torch round to it and the processor
     has tiles (AMX): else torch would convert float32 weights in every call. On other processors
-    products in bfloat16 are no faster.
+    products in bfloat16 are no faster. Not for a linear with a forward of its own, which may not
+    convert what goes in.
     """
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    rounds = matmul is not None and matmul.fp32_precision == "bf16"
-    if rounds and type(module) is nn.Linear and "amx" in kernels.available_isas():
+    plain = type(module) is nn.Linear and "forward" not in vars(module)
+    if plain and _precision() == "bf16" and "amx" in kernels.available_isas():
         return torch.bfloat16
     return torch.float32
 
 
 @contextmanager
 def bfloat16_linears(layer: nn.Module) -> Iterator[None]:
-    """Within it, linears whose weight is bfloat16 take and give float32."""
-    linears = [m for m in layer.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-    linears = [linear for linear in linears if linear.weight.dtype == torch.bfloat16]
+    """Within it, linears whose weight is bfloat16 take and give float32; what they give has been
+    rounded to bfloat16."""
+    linears = [m for m in layer.modules() if linear_dtype(m) == torch.bfloat16]
     for linear in linears:
         linear.forward = _in_bfloat16(linear)
     try:

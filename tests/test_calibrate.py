@@ -102,6 +102,17 @@ def test_factors_may_be_rounded_to_bfloat16(
         assert np.linalg.norm(got[name] - h) <= 2**-6 * np.linalg.norm(h), name
 
 
+def test_a_linear_with_its_own_forward_stays_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "available_isas", lambda: ["amx"])
+    model = tiny_model("llama")
+    linear = decoder_layers(model)[1][0].self_attn.q_proj
+    own = linear.forward = lambda x: nn.functional.linear(x, linear.weight)
+    got = collect(model)
+    assert linear.forward is own
+    for name, h in naive(model).items():
+        assert np.linalg.norm(got[name] - h) <= 2**-6 * np.linalg.norm(h), name
+
+
 @pytest.mark.usefixtures("float32_products")
 def test_later_layers_see_the_replaced_weights() -> None:
     def halve(weight: torch.Tensor) -> None:
