@@ -42,6 +42,7 @@ PER_ISA = [
     "infer.c",
     "infer_int.c",
     "layer.c",
+    "metric.c",
     "mlp.c",
     "pack.c",
     "search.c",

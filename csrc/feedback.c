@@ -11,7 +11,7 @@
  * that comes back needs just these sums for its other side, so that it costs no more than a single one does.
  * The first after an earlier choice finds its other side by a sweep in which nothing is chosen.
  */
-#include "kernel.h"
+#include "metric.h"
 
 #include <assert.h>
 #include <omp.h>
@@ -27,7 +27,7 @@ enum { VECTORS = 1, VECTORS_FEW = 1 };
 
 enum {
     BLOCK_COLUMNS = 128, /* columns of a block, at least one sub-vector */
-    ROWS = 64,           /* rows a thread takes at a time; a multiple of every vector */
+    ROWS = METRIC_QUERIES, /* rows a thread takes at a time; a multiple of every vector */
     TOGETHER = 8,        /* rows read side by side */
     COLUMNS = 6,         /* of a panel, whose products are summed side by side with VECTORS vectors of rows */
     FEW = 2              /* columns that have VECTORS_FEW of them: with fewer, sums would wait for each other */
@@ -37,13 +37,14 @@ typedef struct {
     ptrdiff_t rows, count, length; /* sub-vectors of a row; length = count d */
     int d, k;
     const float *x, *table, *metric, *feedback;
+    const pllm_buckets *buckets; /* of the table; NULL: every choice is a scan */
 } job;
 
 /* One way through all sub-vectors. */
 typedef struct {
     bool back;                    /* from the last to the first */
-    const int32_t *known;         /* (rows, count) choices that errors are summed for, or NULL: choose */
-    int32_t *index;               /* (rows, count) where choices go */
+    const int32_t *earlier;       /* (rows, count) choices, or NULL: none */
+    int32_t *index;               /* (rows, count) where new choices go, or NULL: errors are those of the earlier */
     const float *other;           /* (row chunks, length, ROWS) sums of the errors ahead, or NULL: none */
     float *sum;                   /* (row chunks, length, ROWS) of those that are done */
 } sweep;
@@ -56,15 +57,17 @@ typedef struct {
     int width;
     float *inside;           /* (sub-vectors, d, BLOCK_COLUMNS) those of each one's columns, with the errors before it */
     float *outside;          /* (columns, width) of the columns ahead of the block */
-    pllm_codebook *codebook; /* (last - first) the table under the metric of each sub-vector */
+    pllm_codebook *codebook; /* (last - first) the table under the metric of each sub-vector, */
+    pllm_metric *metric;     /* or its buckets; the other is NULL */
 } block;
 
 /* Scratch of one thread. */
 typedef struct {
     float *x, *error; /* (BLOCK_COLUMNS, ROWS) */
     int32_t *choice;  /* (BLOCK_COLUMNS, ROWS) */
+    float *target;    /* (d, ROWS) */
     float *query;     /* (ROWS, d) */
-    float *search;    /* pllm_search_scratch_floats(d) */
+    float *search;    /* of the search */
 } scratch;
 
 /* The sub-vector of the block that comes i-th. */
@@ -152,16 +155,6 @@ static void ahead(const job *j, const sweep *w, const block *b, ptrdiff_t *from,
 
 /* ---- one block --------------------------------------------------------------------------------- */
 
-/* y = metric x, metric symmetric (d, d), each a chain in ascending order; a lane a vector. */
-PLLM_INLINE void apply_metric(const int d, const float *metric, const vf *x, vf *y)
-{
-    for (int a = 0; a < d; a++) {
-        y[a] = vf_zero();
-        for (int b = 0; b < d; b++)
-            y[a] = vf_fma(vf_set1(metric[a * d + b]), x[b], y[a]);
-    }
-}
-
 /* Gives a prepared codebook the offsets of a metric: the score is t'Mt / 2 - (Mq)'t. Behind the last codeword
  * they stay infinite. */
 PLLM_INLINE void set_offsets(const int d, const pllm_codebook *codebook, const float *metric)
@@ -169,15 +162,9 @@ PLLM_INLINE void set_offsets(const int d, const pllm_codebook *codebook, const f
     for (int i = 0; i < codebook->k; i += VF_WIDTH) {
         float *const offset = codebook->blocks + (ptrdiff_t)(i / PLLM_CODEBOOK_BLOCK) * (d + 1) * PLLM_CODEBOOK_BLOCK +
                               i % PLLM_CODEBOOK_BLOCK;
-        vf t[PLLM_MAX_SUBVECTOR], y[PLLM_MAX_SUBVECTOR]; /* both negated: what matters are products of two */
-        for (int a = 0; a < d; a++)
-            t[a] = vf_load(offset + (a + 1) * PLLM_CODEBOOK_BLOCK);
-        apply_metric(d, metric, t, y);
-        vf sum = vf_zero();
-        for (int a = 0; a < d; a++)
-            sum = vf_fma(y[a], t[a], sum);
+        const vf all = metric_offsets(d, metric, offset + PLLM_CODEBOOK_BLOCK, PLLM_CODEBOOK_BLOCK);
         const vm inside = vi_lt(vi_add(vi_set1(i), vi_iota()), vi_set1(codebook->k));
-        vf_store(offset, vf_select(inside, vf_mul(vf_set1(0.5f), sum), vf_set1(INFINITY)));
+        vf_store(offset, vf_select(inside, all, vf_set1(INFINITY)));
     }
 }
 
@@ -188,7 +175,9 @@ static void prepare(const job *j, const sweep *w, const block *b)
 #pragma omp for schedule(static)
     for (ptrdiff_t i = 0; i < b->last - b->first; i++) {
         const ptrdiff_t l = place_of(w, b, i);
-        if (!w->known)
+        if (w->index && j->buckets)
+            PLLM_SYM(pllm_metric_set)(&b->metric[i], j->buckets, j->metric + l * d * d);
+        else if (w->index)
             PLLM_CONSTANT_D(set_offsets, d, &b->codebook[i], j->metric + l * d * d);
         pack(j, w, b, i, l * d, (l + 1) * d, b->inside + i * d * BLOCK_COLUMNS);
     }
@@ -220,13 +209,13 @@ static void load_block(const job *j, const sweep *w, const block *b, ptrdiff_t s
             s->x[c * ROWS + r] = rows[place_of(w, b, c / j->d) * j->d + c % j->d];
 }
 
-/* s->choice = what is known of the block's `n` rows; entry 0 behind them. */
+/* s->choice = the earlier one of the block's `n` rows; entry 0 behind them. */
 static void load_choices(const job *j, const sweep *w, const block *b, ptrdiff_t start, int n, const scratch *s)
 {
     memset(s->choice, 0, sizeof *s->choice * BLOCK_COLUMNS * ROWS);
     for (int r = 0; r < n; r++)
         for (ptrdiff_t i = 0; i < b->last - b->first; i++)
-            s->choice[i * ROWS + r] = w->known[(start + r) * j->count + place_of(w, b, i)];
+            s->choice[i * ROWS + r] = w->earlier[(start + r) * j->count + place_of(w, b, i)];
 }
 
 static void store_choices(const job *j, const sweep *w, const block *b, ptrdiff_t start, int n, const scratch *s)
@@ -248,20 +237,26 @@ PLLM_INLINE void set_errors(const int d, const job *j, ptrdiff_t i, const scratc
     }
 }
 
-/* The targets x + other + sum (d, ROWS each; other may be NULL) under their metric, as queries one by one. */
-PLLM_INLINE void set_queries(const int d, const float *x, const float *other, const float *sum,
-                             const float *metric, float *query)
+/* target = x + other + sum, (d, ROWS) each; other may be NULL. */
+static void set_targets(int d, const float *x, const float *other, const float *sum, float *target)
+{
+    for (int i = 0; i < d * ROWS; i += VF_WIDTH) {
+        vf t = vf_load(x + i);
+        if (other)
+            t = vf_add(t, vf_load(other + i));
+        vf_store(target + i, vf_add(t, vf_load(sum + i)));
+    }
+}
+
+/* The targets under their metric, as queries one by one. */
+PLLM_INLINE void set_queries(const int d, const float *target, const float *metric, float *query)
 {
     for (int r = 0; r < ROWS; r += VF_WIDTH) {
-        vf target[PLLM_MAX_SUBVECTOR], y[PLLM_MAX_SUBVECTOR];
+        vf t[PLLM_MAX_SUBVECTOR], y[PLLM_MAX_SUBVECTOR];
         float lanes[PLLM_MAX_SUBVECTOR][VF_WIDTH];
-        for (int a = 0; a < d; a++) {
-            target[a] = vf_load(x + a * ROWS + r);
-            if (other)
-                target[a] = vf_add(target[a], vf_load(other + a * ROWS + r));
-            target[a] = vf_add(target[a], vf_load(sum + a * ROWS + r));
-        }
-        apply_metric(d, metric, target, y);
+        for (int a = 0; a < d; a++)
+            t[a] = vf_load(target + a * ROWS + r);
+        metric_apply(d, metric, t, y);
         for (int a = 0; a < d; a++)
             vf_store(lanes[a], y[a]);
         for (int i = 0; i < VF_WIDTH; i++)
@@ -270,25 +265,38 @@ PLLM_INLINE void set_queries(const int d, const float *x, const float *other, co
     }
 }
 
-/* Chooses the block's sub-vectors, unless the choice is known, and feeds their errors ahead. */
+/* Chooses the block's i-th sub-vector, of the targets. */
+static void choose(const job *j, const sweep *w, const block *b, ptrdiff_t i, const scratch *s)
+{
+    int32_t *const choice = s->choice + i * ROWS;
+    if (j->buckets) {
+        PLLM_SYM(pllm_metric_search)(&b->metric[i], j->buckets, s->target, w->earlier ? choice : NULL, choice,
+                                     s->search);
+    } else {
+        PLLM_CONSTANT_D(set_queries, j->d, s->target, j->metric + place_of(w, b, i) * j->d * j->d, s->query);
+        PLLM_SYM(pllm_search_slice)(&b->codebook[i], s->query, ROWS, choice, NULL, s->search);
+    }
+}
+
+/* Chooses the block's sub-vectors, or takes the earlier choice, and feeds their errors ahead. */
 static void sweep_block(const job *j, const sweep *w, const block *b, ptrdiff_t start, const scratch *s)
 {
     const int n = (int)smaller(j->rows - start, ROWS), d = j->d;
     float *const sum = w->sum + start * j->length;
     load_block(j, w, b, start, n, s);
-    if (w->known)
+    if (w->earlier)
         load_choices(j, w, b, start, n, s);
     for (ptrdiff_t i = 0; i < b->last - b->first; i++) {
-        const ptrdiff_t l = place_of(w, b, i), own = l * d * ROWS;
+        const ptrdiff_t own = place_of(w, b, i) * d * ROWS;
         add_errors(sum + own, d, s->error, (int)i * d, b->inside + i * d * BLOCK_COLUMNS);
-        if (!w->known) {
+        if (w->index) {
             const float *const other = w->other ? w->other + start * j->length + own : NULL;
-            PLLM_CONSTANT_D(set_queries, d, s->x + i * d * ROWS, other, sum + own, j->metric + l * d * d, s->query);
-            PLLM_SYM(pllm_search_slice)(&b->codebook[i], s->query, ROWS, s->choice + i * ROWS, NULL, s->search);
+            set_targets(d, s->x + i * d * ROWS, other, sum + own, s->target);
+            choose(j, w, b, i, s);
         }
         PLLM_CONSTANT_D(set_errors, d, j, i, s);
     }
-    if (!w->known)
+    if (w->index)
         store_choices(j, w, b, start, n, s);
     ptrdiff_t from, to;
     ahead(j, w, b, &from, &to);
@@ -297,16 +305,18 @@ static void sweep_block(const job *j, const sweep *w, const block *b, ptrdiff_t 
 
 /* ---- all of it --------------------------------------------------------------------------------- */
 
-static size_t scratch_floats(int d)
+static size_t scratch_floats(const job *j)
 {
-    return (3 * BLOCK_COLUMNS + (size_t)d) * ROWS + pllm_search_scratch_floats(d);
+    return (3 * BLOCK_COLUMNS + 2 * (size_t)j->d) * ROWS +
+           (j->buckets ? metric_scratch_floats(j->k, j->d) : pllm_search_scratch_floats(j->d));
 }
 
 static scratch scratch_of(float *own, int d)
 {
     const size_t part = BLOCK_COLUMNS * ROWS;
+    float *const behind = own + 3 * part;
     return (scratch){.x = own, .error = own + part, .choice = (int32_t *)(void *)(own + 2 * part),
-                     .query = own + 3 * part, .search = own + 3 * part + ROWS * d};
+                     .target = behind, .query = behind + ROWS * d, .search = behind + 2 * ROWS * d};
 }
 
 /* The block that is `at` sub-vectors behind the start of the sweep. */
@@ -328,7 +338,7 @@ static void run_sweep(const job *j, const sweep *w, block *b, float *floats, int
         set_block(b, j, w, at);
 #pragma omp parallel num_threads(threads)
         {
-            const scratch s = scratch_of(floats + (size_t)omp_get_thread_num() * scratch_floats(j->d), j->d);
+            const scratch s = scratch_of(floats + (size_t)omp_get_thread_num() * scratch_floats(j), j->d);
             prepare(j, w, b);
 #pragma omp for schedule(dynamic)
             for (ptrdiff_t i = 0; i < chunks; i++)
@@ -341,13 +351,38 @@ static void run_sweep(const job *j, const sweep *w, block *b, float *floats, int
 static void encode(const job *j, const int32_t *previous, int sweeps, int32_t *index, float *const sums[2], block *b,
                    float *floats, int threads)
 {
-    sweep w = {.back = true, .known = previous, .sum = sums[0]};
+    sweep w = {.back = true, .earlier = previous, .sum = sums[0]};
     if (previous)
         run_sweep(j, &w, b, floats, threads);
     for (int i = 0; i < sweeps; i++) {
-        w = (sweep){.back = i % 2, .index = index, .other = previous ? w.sum : NULL, .sum = sums[(i + 1) % 2]};
+        w = (sweep){.back = i % 2, .earlier = i ? index : previous, .index = index,
+                    .other = previous ? w.sum : NULL, .sum = sums[(i + 1) % 2]};
         run_sweep(j, &w, b, floats, threads);
     }
+}
+
+/* Makes the tables of b, whose metrics are set block by block, with *floats behind them. Returns PLLM_OK or
+ * PLLM_ENOMEM; what has been allocated is the caller's either way. */
+static int make_tables(const job *j, block *b, float **floats)
+{
+    const int size = BLOCK_COLUMNS / j->d;
+    const size_t each = j->buckets ? metric_floats(j->k, j->d) : pllm_codebook_floats(j->k, j->d);
+    float *offset = calloc((size_t)j->k, sizeof *offset);
+    *floats = pllm_alloc_floats((size_t)size * each);
+    if (j->buckets)
+        b->metric = pllm_alloc((size_t)size * sizeof *b->metric);
+    else
+        b->codebook = pllm_alloc((size_t)size * sizeof *b->codebook);
+    const bool enough = offset && *floats && (b->metric || b->codebook);
+    for (int l = 0; l < size && enough; l++) {
+        float *const own = *floats + (size_t)l * each;
+        if (j->buckets)
+            b->metric[l] = metric_place(j->buckets, own);
+        else
+            PLLM_SYM(pllm_codebook_prepare_score)(&b->codebook[l], j->table, j->k, j->d, offset, own);
+    }
+    free(offset);
+    return enough ? PLLM_OK : PLLM_ENOMEM;
 }
 
 int PLLM_SYM(pllm_encode_feedback)(const float *x, ptrdiff_t rows, ptrdiff_t count, int d,
@@ -356,32 +391,28 @@ int PLLM_SYM(pllm_encode_feedback)(const float *x, ptrdiff_t rows, ptrdiff_t cou
                                    int32_t *index, int threads)
 {
     assert(d >= 1 && d <= PLLM_MAX_SUBVECTOR && k >= 1 && sweeps >= 1 && (previous || sweeps == 1));
-    int status = PLLM_ENOMEM;
-    const int block_size = BLOCK_COLUMNS / d;
-    const size_t codebook_floats = pllm_codebook_floats(k, d), length = (size_t)count * (size_t)d;
-    const size_t sum_floats = (size_t)round_up(rows, ROWS) * length;
-    float *sum = pllm_alloc_floats((previous ? 2 : 1) * sum_floats);
-    float *blocks = pllm_alloc_floats((size_t)block_size * codebook_floats);
-    float *floats = pllm_alloc_floats((size_t)threads * scratch_floats(d));
-    float *panels = pllm_alloc_floats(BLOCK_COLUMNS * (BLOCK_COLUMNS + length));
-    float *offset = calloc((size_t)k, sizeof *offset);
-    pllm_codebook *codebook = pllm_alloc((size_t)block_size * sizeof *codebook);
-    if (!sum || !blocks || !floats || !panels || !offset || !codebook)
-        goto done;
-
+    pllm_buckets *buckets = NULL;
+    if (metric_pays(rows, k, d) && PLLM_SYM(pllm_buckets_build)(&buckets, table, k, d, threads) != PLLM_OK)
+        return PLLM_ENOMEM;
     const job j = {.rows = rows, .count = count, .length = count * d, .d = d, .k = k, .x = x, .table = table,
-                   .metric = metric, .feedback = feedback};
-    block b = {.inside = panels, .outside = panels + BLOCK_COLUMNS * BLOCK_COLUMNS, .codebook = codebook};
-    for (int l = 0; l < block_size; l++) /* offsets are set block by block */
-        PLLM_SYM(pllm_codebook_prepare_score)(&codebook[l], table, k, d, offset, blocks + (size_t)l * codebook_floats);
-    encode(&j, previous, sweeps, index, (float *const[2]){previous ? sum + sum_floats : NULL, sum}, &b, floats, threads);
-    status = PLLM_OK;
-done:
-    free(codebook);
-    free(offset);
+                   .metric = metric, .feedback = feedback, .buckets = buckets};
+    const size_t length = (size_t)j.length, sum_floats = (size_t)round_up(rows, ROWS) * length;
+    float *tables, *sum = pllm_alloc_floats((previous ? 2 : 1) * sum_floats);
+    float *floats = pllm_alloc_floats((size_t)threads * scratch_floats(&j));
+    float *panels = pllm_alloc_floats(BLOCK_COLUMNS * (BLOCK_COLUMNS + length));
+    block b = {.inside = panels, .outside = panels + BLOCK_COLUMNS * BLOCK_COLUMNS};
+    int status = make_tables(&j, &b, &tables);
+    if (!sum || !floats || !panels)
+        status = PLLM_ENOMEM;
+    if (status == PLLM_OK)
+        encode(&j, previous, sweeps, index, (float *const[2]){previous ? sum + sum_floats : NULL, sum}, &b, floats,
+               threads);
+    free(b.metric);
+    free(b.codebook);
+    free(tables);
     free(panels);
     free(floats);
-    free(blocks);
     free(sum);
+    free(buckets);
     return status;
 }
