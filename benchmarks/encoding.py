@@ -22,7 +22,10 @@ import torch
 from common import arguments, compare, fma_peak, print_machine, print_table, write_json
 
 from pocketllm import kernels, reference
+from pocketllm.config import PocketConfig
 from pocketllm.encode import AGAIN, Factors, factorise
+from pocketllm.kmeans import kmeans
+from pocketllm.planning import WINDOW
 from pocketllm.precision import bfloat16_factors, linear_dtype
 
 # d, K
@@ -30,7 +33,7 @@ GRID = [(1, 16), (2, 64), (2, 256), (4, 256), (4, 1024), (4, 2048), (4, 4096), (
 QUICK = [(4, 2048)]
 COLUMNS = ["d", "K", "ns a weight", "products, peak %", "torch x", "of a pass"]
 BLOCK = 128
-TOKENS = 128 * 512
+TOKENS = PocketConfig.calibration_windows * WINDOW
 SOME_TOKENS = 2048
 
 
@@ -48,13 +51,7 @@ def problem(
     h = inputs.T @ inputs / len(inputs)
     factors = factorise(h, d)
     values = random.standard_t(5, (rows, columns // d, d)).astype(np.float32)
-    flat = values.reshape(-1, d)
-    table = flat[random.choice(len(flat), codewords, replace=False)]
-    for _ in range(3):
-        nearest = kernels.nearest(flat, table)
-        count = np.bincount(nearest, minlength=codewords)[:, None]
-        sums = np.stack([np.bincount(nearest, x, codewords) for x in flat.T], axis=1)
-        table = np.where(count, sums / np.maximum(count, 1), table).astype(np.float32)
+    table = kmeans(values.reshape(-1, d), codewords, iterations=3).codebook
     order = (factors.order[:, None] * d + np.arange(d)).ravel()
     return values.reshape(rows, columns), table, h[order][:, order], factors
 

@@ -12,24 +12,16 @@ enum { BUCKET = METRIC_BUCKET, QUERIES = METRIC_QUERIES };
 
 /* ---- buckets ------------------------------------------------------------------------------------ */
 
-/* The next `bytes` of a block of memory, of which *used are taken; NULL where they are only counted. */
-static void *place(char *memory, size_t *used, size_t bytes)
-{
-    void *here = memory ? memory + *used : NULL;
-    *used += (size_t)round_up((ptrdiff_t)bytes, 64);
-    return here;
-}
-
 /* Lays out b, which comes first, and its arrays; returns their bytes. */
 static size_t lay_out(pllm_buckets *b, char *memory)
 {
-    const size_t places = (size_t)b->count * BUCKET, floats = places * (size_t)b->d * sizeof(float);
+    const size_t places = (size_t)b->count * BUCKET, floats = places * (size_t)b->d;
     size_t used = 0;
-    place(memory, &used, sizeof *b);
-    b->negated = place(memory, &used, floats);
-    b->across = place(memory, &used, floats);
-    b->number = place(memory, &used, places * sizeof(int32_t));
-    b->where = place(memory, &used, (size_t)b->k * sizeof(int32_t));
+    tree_place(memory, &used, 1, sizeof *b);
+    b->negated = tree_place(memory, &used, floats, sizeof(float));
+    b->across = tree_place(memory, &used, floats, sizeof(float));
+    b->number = tree_place(memory, &used, places, sizeof(int32_t));
+    b->where = tree_place(memory, &used, (size_t)b->k, sizeof(int32_t));
     return used;
 }
 

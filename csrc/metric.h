@@ -78,7 +78,7 @@ static inline size_t metric_scratch_floats(int k, int d)
            2 * VF_WIDTH;
 }
 
-/* table: (k, d), finite. *result is one allocation. Returns PLLM_OK or PLLM_ENOMEM. */
+/* table: (k, d).  *result is one allocation. Returns PLLM_OK or PLLM_ENOMEM. */
 int PLLM_SYM(pllm_buckets_build)(pllm_buckets **result, const float *table, int k, int d, int threads);
 
 /* An empty one of metric_floats. */

@@ -105,6 +105,15 @@ struct pllm_tree {
     float *rows;    /* (leaf_count * leaf_size, d + 1) as `leaves`, codeword by codeword */
 };
 
+/* The next `count` elements of `bytes` bytes of a block of memory, of which *used are taken; NULL, counted all the
+ * same, without one. */
+static inline void *tree_place(char *memory, size_t *used, size_t count, size_t bytes)
+{
+    void *here = memory ? memory + *used : NULL;
+    *used += (count * bytes + 63) / 64 * 64;
+    return here;
+}
+
 /* beta of a box; its sides follow in steps of TREE_FAN. */
 static inline float *tree_box(const pllm_tree *tree, int level, int box)
 {

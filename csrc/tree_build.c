@@ -252,14 +252,6 @@ static pllm_tree shape_of(int k, int d, ptrdiff_t queries)
     }
 }
 
-/* The next `count` elements of `bytes` bytes of a block of memory, of which *used are taken. */
-static void *place(char *memory, size_t *used, size_t count, size_t bytes)
-{
-    void *here = memory ? memory + *used : NULL;
-    *used += (count * bytes + 63) / 64 * 64;
-    return here;
-}
-
 /* Lays the tree's arrays out in one block, `memory`, or only counts its bytes when that is NULL. */
 static size_t lay_out(pllm_tree *tree, char *memory, int k, int d, int weighted, int biased)
 {
@@ -267,26 +259,26 @@ static size_t lay_out(pllm_tree *tree, char *memory, int k, int d, int weighted,
     const size_t places = (size_t)tree->leaf_count * (size_t)tree->leaf_size;
     pllm_codebook *cb = &tree->codebook;
     *cb = (pllm_codebook){.d = d, .k = k};
-    cb->codebook = place(memory, &used, (size_t)k * (size_t)d, sizeof(float));
-    cb->blocks = place(memory, &used, pllm_codebook_floats(k, d), sizeof(float));
+    cb->codebook = tree_place(memory, &used, (size_t)k * (size_t)d, sizeof(float));
+    cb->blocks = tree_place(memory, &used, pllm_codebook_floats(k, d), sizeof(float));
     if (weighted)
-        cb->weight = place(memory, &used, (size_t)d, sizeof(float));
+        cb->weight = tree_place(memory, &used, (size_t)d, sizeof(float));
     if (biased)
-        cb->bias = place(memory, &used, (size_t)k, sizeof(float));
+        cb->bias = tree_place(memory, &used, (size_t)k, sizeof(float));
     for (int level = 0; level < tree->level_count; level++) {
         const int groups = (tree->box_count[level] + TREE_FAN - 1) / TREE_FAN;
         tree->boxes[level] =
-            place(memory, &used, (size_t)(groups * TREE_FAN) * (size_t)(2 * d + 1), sizeof(float));
+            tree_place(memory, &used, (size_t)(groups * TREE_FAN) * (size_t)(2 * d + 1), sizeof(float));
     }
-    tree->leaves = place(memory, &used, places * (size_t)(d + 1), sizeof(float));
-    tree->order = place(memory, &used, places, sizeof(int32_t));
-    tree->cut = place(memory, &used, (size_t)1 << (tree->depth + tree->cell_levels), sizeof(tree_cut));
+    tree->leaves = tree_place(memory, &used, places * (size_t)(d + 1), sizeof(float));
+    tree->order = tree_place(memory, &used, places, sizeof(int32_t));
+    tree->cut = tree_place(memory, &used, (size_t)1 << (tree->depth + tree->cell_levels), sizeof(tree_cut));
     if (tree->list_length) {
         const size_t cells = (size_t)tree->leaf_count << tree->cell_levels;
         const size_t length = (size_t)tree->list_length;
-        tree->list = place(memory, &used, cells * length, sizeof(uint16_t));
-        tree->bound = place(memory, &used, cells * (length / TREE_FAN + 1), sizeof(float));
-        tree->rows = place(memory, &used, places * (size_t)(d + 1), sizeof(float));
+        tree->list = tree_place(memory, &used, cells * length, sizeof(uint16_t));
+        tree->bound = tree_place(memory, &used, cells * (length / TREE_FAN + 1), sizeof(float));
+        tree->rows = tree_place(memory, &used, places * (size_t)(d + 1), sizeof(float));
     }
     return used;
 }
