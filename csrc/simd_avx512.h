@@ -101,6 +101,11 @@ static inline vi vi_dot_bytes(vi c, __m512i a, __m512i b)
 }
 #undef VI_ADD_PRODUCTS
 
+/* p[index mod 2 VF_WIDTH] */
+static inline vf vf_lookup2(const float *p, vi index)
+{
+    return _mm512_permutex2var_ps(vf_load(p), index, vf_load(p + VF_WIDTH));
+}
 static inline __m256i vi_fold(vi a)
 {
     return _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));

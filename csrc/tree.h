@@ -48,6 +48,7 @@ enum {
     TREE_TOP = 64,                          /* boxes every query is compared with, at most */
     TREE_LEVELS = 6,
     TREE_LEAF_MAX = 16,
+    TREE_CUTS = 4 * VF_WIDTH,               /* cuts that may be loaded together */
     TREE_CELL_MAX = 6 /* the longest codewords that lists are made of */
 };
 
@@ -59,11 +60,23 @@ static inline double tree_slack(int d) { return 8.0 * (d + 8) * 0x1p-24; }
 /* Codewords of a leaf. */
 static inline int tree_leaf_size(int d) { return d <= 8 ? TREE_FAN : TREE_LEAF_MAX; }
 
-/* At x[axis] >= at a query goes right. */
-typedef struct {
-    float at;
-    uint32_t axis;
-} tree_cut;
+/* A cut: at x[axis] >= cut a query goes right. Its low bits are the axis, so that one load gets both; where exactly it
+ * lies does not matter. */
+static inline float tree_cut(float at, int axis)
+{
+    uint32_t bits;
+    memcpy(&bits, &at, sizeof bits);
+    bits = (bits & ~(uint32_t)(PLLM_MAX_SUBVECTOR - 1)) | (uint32_t)axis;
+    memcpy(&at, &bits, sizeof at);
+    return at;
+}
+
+static inline int tree_axis(float cut)
+{
+    uint32_t bits;
+    memcpy(&bits, &cut, sizeof bits);
+    return (int)(bits & (PLLM_MAX_SUBVECTOR - 1));
+}
 
 /* Lists of codewords, by d: how many are in one; into how many cells a leaf is cut, 2^levels; and how many
  * queries for each codeword it takes for lists to pay, which is measured. */
@@ -96,7 +109,7 @@ struct pllm_tree {
     float *boxes[TREE_LEVELS]; /* (ceil(box_count / TREE_FAN), 2 d + 1, TREE_FAN): beta, lo and hi by j */
     float *leaves;  /* (leaf_count, d + 1, leaf_size): as a codebook's blocks, in the tree's order */
     int32_t *order; /* (leaf_count * leaf_size) the codeword at each place; INT32_MAX behind the last */
-    tree_cut *cut;  /* (2^(depth + cell_levels)) node 1 is the root, then 2 i + side */
+    float *cut;     /* (2^(depth + cell_levels), TREE_CUTS at least) node 1 is the root, then 2 i + side */
     int list_length; /* codewords of a cell's list, a multiple of TREE_FAN; 0 without lists */
     int cell_levels; /* a leaf is cut into 2^cell_levels cells */
     uint16_t *list; /* (leaf_count << cell_levels, list_length) places of those nearest to the cell */

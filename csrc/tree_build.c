@@ -110,10 +110,10 @@ static void split(build *b, int node, int first_leaf, int span)
     const int last = (first_leaf + span) * size < b->k ? (first_leaf + span) * size : b->k;
     if (span == 1)
         return;
-    tree->cut[node] = (tree_cut){INFINITY, 0};
+    tree->cut[node] = INFINITY;
     if (middle < last) {
         const int axis = widest_axis(b, first, last);
-        tree->cut[node] = (tree_cut){partition(b, first, middle, last, axis), (uint32_t)axis};
+        tree->cut[node] = tree_cut(partition(b, first, middle, last, axis), axis);
 #pragma omp task if (span > TASK_LEAVES)
         split(b, 2 * node + 1, first_leaf + half, half);
     }
@@ -272,7 +272,8 @@ static size_t lay_out(pllm_tree *tree, char *memory, int k, int d, int weighted,
     }
     tree->leaves = tree_place(memory, &used, places * (size_t)(d + 1), sizeof(float));
     tree->order = tree_place(memory, &used, places, sizeof(int32_t));
-    tree->cut = tree_place(memory, &used, (size_t)1 << (tree->depth + tree->cell_levels), sizeof(tree_cut));
+    const size_t cuts = (size_t)1 << (tree->depth + tree->cell_levels);
+    tree->cut = tree_place(memory, &used, cuts > TREE_CUTS ? cuts : TREE_CUTS, sizeof(float));
     if (tree->list_length) {
         const size_t cells = (size_t)tree->leaf_count << tree->cell_levels;
         const size_t length = (size_t)tree->list_length;

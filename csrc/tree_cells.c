@@ -76,8 +76,8 @@ static region region_of(const pllm_tree *tree, int leaf)
     }
     for (int level = tree->depth, node = 1; level > 0; level--) {
         const int right = leaf >> (level - 1) & 1;
-        const tree_cut cut = tree->cut[node];
-        *(right ? r.lo + cut.axis : r.hi + cut.axis) = cut.at;
+        const int axis = tree_axis(tree->cut[node]);
+        *(right ? r.lo + axis : r.hi + axis) = tree->cut[node];
         node = 2 * node + right;
     }
     return r;
@@ -241,19 +241,19 @@ static void cut_cells(pllm_tree *tree, uint32_t node, const region *r, int level
         fill_list(tree, (int)node - (1 << (tree->depth + tree->cell_levels)), r, w);
         return;
     }
-    tree_cut cut = {0.0f, 0};
-    float longest = -1.0f;
+    int axis = 0;
+    float at = 0.0f, longest = -1.0f;
     for (int j = 0; j < tree->codebook.d; j++) {
         const float lo = r->lo[j] > -INFINITY ? r->lo[j] : own[(2 * j + 1) * TREE_FAN];
         const float hi = r->hi[j] < INFINITY ? r->hi[j] : own[(2 * j + 2) * TREE_FAN];
         if (hi - lo > longest) {
             longest = hi - lo;
-            cut = (tree_cut){lo + 0.5f * (hi - lo), (uint32_t)j};
+            at = lo + 0.5f * (hi - lo);
+            axis = j;
         }
     }
-    tree->cut[node] = cut;
     region left = *r, right = *r;
-    left.hi[cut.axis] = right.lo[cut.axis] = cut.at;
+    tree->cut[node] = left.hi[axis] = right.lo[axis] = tree_cut(at, axis);
     cut_cells(tree, 2 * node, &left, levels - 1, own, w);
     cut_cells(tree, 2 * node + 1, &right, levels - 1, own, w);
 }

@@ -18,9 +18,7 @@ enum {
     TEAM = 32,       /* neighbours that go through the tree together: bits of a mask */
     ABREAST = 2,     /* members of a team in the inner loops */
     CELL_QUERIES = 4, /* queries a cell, on average, from which on lists are quicker: measured */
-    PROBE = 64,      /* queries of the probe */
-    ROUTE = TREE_FAN, /* queries that are led to their leaves together, */
-    DESCENTS = 8     /* so many at the same time, to hide latency */
+    PROBE = 64       /* queries of the probe */
 };
 
 /* Boxes of one level, and for which members of the team each may hold something better. */
@@ -316,25 +314,84 @@ PLLM_INLINE void search_team(team *t, const int32_t *leaf, memory *m, const int 
     }
 }
 
-/* node[i] = where the query x[i d], x[i d + 1], ..., arrives after `depth` cuts. */
-PLLM_INLINE void descend_cuts(const tree_cut *cuts, int depth, const float *x, uint32_t *node, const int d)
+/* ROUTE queries are led to their leaves together, many at the same time to hide latency:
+ * descend_cuts: node[i] = where the query x[i d], x[i d + 1], ..., arrives after `depth` cuts. */
+#if defined(PLLM_ISA_AVX512)
+#define LANES(d) ((d) <= 4 ? 4 : 2) /* vectors of queries */
+enum { ROUTE = LANES(1) * VF_WIDTH };
+
+/* x[axis], lane by lane. column: (d) x by axis. */
+PLLM_INLINE vf along(const vf *column, vi axis, const int d)
 {
-    size_t at[DESCENTS];
+    vf left[PLLM_MAX_SUBVECTOR];
     PLLM_UNROLL
-    for (int i = 0; i < DESCENTS; i++)
-        at[i] = 1;
-    for (int level = 0; level < depth; level++) {
+    for (int j = 0; j < d; j++)
+        left[j] = column[j];
+    PLLM_UNROLL
+    for (int bit = 1; bit < d; bit *= 2) {
+        const vm odd = vm_not(vi_eq(vi_and(axis, vi_set1(bit)), vi_set1(0)));
         PLLM_UNROLL
-        for (int i = 0; i < DESCENTS; i++) {
-            const tree_cut *cut = cuts + at[i];
-            at[i] = 2 * at[i] + (x[i * d + (int)cut->axis] >= cut->at);
-            PLLM_OPAQUE(at[i]); /* or the compiler packs them into vectors, only to unpack them again */
-        }
+        for (int j = 0; j + bit < d; j += 2 * bit)
+            left[j] = vf_select(odd, left[j + bit], left[j]);
     }
-    PLLM_UNROLL
-    for (int i = 0; i < DESCENTS; i++)
-        node[i] = (uint32_t)at[i];
+    return left[0];
 }
+
+/* Five levels of cuts fit in two registers, and the next does. */
+PLLM_INLINE void descend_cuts(const float *cuts, int depth, const float *x, uint32_t *node, const int d)
+{
+    const vi one = vi_set1(1), axes = vi_set1(PLLM_MAX_SUBVECTOR - 1);
+    const int lanes = LANES(d);
+    for (int first = 0; first < ROUTE; first += lanes * VF_WIDTH) {
+        vf column[LANES(1)][PLLM_MAX_SUBVECTOR];
+        vi at[LANES(1)];
+        PLLM_UNROLL
+        for (int v = 0; v < lanes; v++) {
+            at[v] = one;
+            PLLM_UNROLL
+            for (int j = 0; j < d; j++)
+                column[v][j] = vf_gather(x + (first + v * VF_WIDTH) * d + j, vi_mul(vi_iota(), vi_set1(d)));
+        }
+        for (int level = 0; level < depth; level++) {
+            PLLM_UNROLL
+            for (int v = 0; v < lanes; v++) {
+                const vf cut = level < 5    ? vf_lookup2(cuts, at[v])
+                               : level == 5 ? vf_lookup2(cuts + 2 * VF_WIDTH, at[v])
+                                            : vf_gather(cuts, at[v]);
+                const vm right = vf_le(cut, along(column[v], vi_and(vi_bits(cut), axes), d));
+                at[v] = vi_add(vi_add(at[v], at[v]), vi_keep(right, one));
+            }
+        }
+        PLLM_UNROLL
+        for (int v = 0; v < lanes; v++)
+            vi_store((int32_t *)node + first + v * VF_WIDTH, at[v]);
+    }
+}
+#undef LANES
+#else
+enum { ROUTE = TREE_FAN, DESCENTS = 8 };
+
+PLLM_INLINE void descend_cuts(const float *cuts, int depth, const float *x, uint32_t *node, const int d)
+{
+    for (int first = 0; first < ROUTE; first += DESCENTS) {
+        size_t at[DESCENTS];
+        PLLM_UNROLL
+        for (int i = 0; i < DESCENTS; i++)
+            at[i] = 1;
+        for (int level = 0; level < depth; level++) {
+            PLLM_UNROLL
+            for (int i = 0; i < DESCENTS; i++) {
+                const float cut = cuts[at[i]];
+                at[i] = 2 * at[i] + (x[(first + i) * d + tree_axis(cut)] >= cut);
+                PLLM_OPAQUE(at[i]); /* or the compiler packs them into vectors, only to unpack them again */
+            }
+        }
+        PLLM_UNROLL
+        for (int i = 0; i < DESCENTS; i++)
+            node[first + i] = (uint32_t)at[i];
+    }
+}
+#endif
 
 /* x (ROUTE, d) = queries as the cuts see them: scaled, and 0 for those that the tree cannot take, since infinity would
  * go where there is no leaf. fits[i]: whether it can take query i. */
@@ -372,8 +429,7 @@ PLLM_INLINE void route(const pllm_tree *tree, const float *z, int n, int levels,
             scale_queries(tree, x, count, scaled, fits, d);
             x = scaled;
         }
-        for (int i = 0; i < ROUTE; i += DESCENTS)
-            descend_cuts(tree->cut, depth, x + i * d, node + i, d);
+        descend_cuts(tree->cut, depth, x, node, d);
         for (int i = 0; i < count; i++)
             key[first + i] = as_it_is || fits[i] ? (int32_t)(node[i] - (1u << depth)) : keys;
     }
