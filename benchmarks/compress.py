@@ -118,7 +118,7 @@ def timed_compression(model: str, out: str, settings: dict[str, Any]) -> dict[st
     phases.watch(weights.StreamedWeights, "check_finite", "checking for NaN")
     phases.watch(compressor, "fingerprint", "fingerprint of the source")
     phases.watch(sensitivity, "sensitivities", SENSITIVITIES)
-    phases.watch(compressor, "train_stored_codec", "training the codecs")
+    phases.watch(compressor, "train_codecs", "training the codecs")
     phases.watch(calibrate.Calibrator, "_each", FORWARD)
     phases.watch(calibrate.Calibrator, "_add", MOMENTS)
     phases.watch(weights.StreamedWeights, "hold", "reading layers for the passes")

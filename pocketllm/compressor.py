@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from .config import PocketConfig
 from .dense import load_tokenizer, meta_model, source_folder
 from .encode import Factors, encode_rows, factorise, relative_errors
 from .errors import PocketError
-from .layout import Target, cut, normalise, row_statistics
+from .layout import Target, cut, naming, row_statistics
 from .memory import give_back, peak_memory
 from .planning import (
     WINDOW,
@@ -32,13 +32,13 @@ from .planning import (
     make_plan,
     predict_speeds,
     predict_work,
-    training_subvectors,
 )
 from .progress import Progress
 from .report import write_model_card
 from .schema import ModuleSpec
-from .stored import StoredCodec, train_stored_codec
+from .stored import StoredCodec
 from .tensorfile import TensorSource
+from .training import train_codecs
 from .weights import Weights, open_weights
 from .workspace import Workspace, fingerprint, writing
 
@@ -210,8 +210,11 @@ class Compression:
                 self.plan = make_plan(self.model, self.config, self._sensitivities())
                 self._work = predict_work(self.plan, self.config)
                 self._progress.expect(self._work.compression)
-            for number, name in enumerate(self.plan.codecs):
-                self.codecs[name] = self._codec(name, f"codec-{number:04d}")
+            self.codecs, warnings = train_codecs(
+                self.plan, self.weights, self.config, self.workspace, self._codecs_begin
+            )
+            self.warnings += warnings
+            give_back()
             if self.config.calibration is None:
                 for target in self.plan.targets:
                     self._encode(target, None)
@@ -219,6 +222,10 @@ class Compression:
                 self._encode_calibrated()
         codecs = [CodecData(c.spec, c.parts) for c in self.codecs.values()]
         return codecs, [self._modules[t.name] for t in self.plan.targets]
+
+    def _codecs_begin(self, names: list[str]) -> Callable[[str, float], None]:
+        work = {name: self._work.codecs[name] for name in names}
+        return self._progress.steps(f"{len(names)} codecs", work)
 
     def _sensitivities(self) -> dict[str, float]:
         """What errors of each matrix harm, from the workspace or measured now."""
@@ -281,44 +288,6 @@ class Compression:
         for target in rest:
             self._encode(target, moment if target.kind in ("embedding", "linear") else None)
 
-    def _codec(self, name: str, part: str) -> StoredCodec:
-        """The trained codec, from the workspace or made now."""
-        spec = self.plan.codecs[name]
-        arrays = self.workspace.load(part)
-        if arrays is None:
-            show = self._progress.step(f"codec {name}", self._work.codecs[name])
-            groups = self._training_rows(name)
-            trained = train_stored_codec(groups, spec, self.config, lambda share, _: show(share))
-            self.warnings += [f"{name}: {w}" for w in trained.warnings]
-            arrays = trained.arrays()
-            self.workspace.store(part, arrays)
-        return StoredCodec.from_arrays(spec, arrays)
-
-    def _training_rows(self, name: str) -> list[np.ndarray]:
-        """Normalised rows of the codec's matrices, a seeded sample, grouped by length."""
-        owners = [t for t in self.plan.targets if self.plan.codec_of[t.name] == name]
-        owners = [t for t in owners if not t.tied_to]
-        spec = self.plan.codecs[name]
-        total = sum(t.shape[0] * -(-t.shape[1] // spec.subvector) for t in owners)
-        share = min(1.0, training_subvectors(spec.codebook) / total)
-        groups: dict[int, list[np.ndarray]] = {}
-        rng = np.random.default_rng([self.config.seed, 1])
-        for target in owners:
-            out = target.shape[0]
-            count = max(1, round(share * out))
-            index = np.arange(out)
-            if count < out:
-                index = np.sort(rng.choice(out, count, replace=False))
-            with _naming(target):
-                rows = normalise(
-                    self.weights.rows(target, index),
-                    spec.subvector,
-                    row_scale=self.config.row_scale,
-                    row_shift=self.config.row_shift,
-                )
-            groups.setdefault(rows.values.shape[1], []).append(rows.values)
-        return [np.concatenate(parts) for _, parts in sorted(groups.items())]
-
     def _encode(self, target: Target, hessian: np.ndarray | None) -> None:
         """Encode one matrix and keep the part, unless the workspace has it."""
         if self._load(target):
@@ -327,7 +296,7 @@ class Compression:
         codec = self.codecs[self.plan.codec_of[target.name]]
         hessian = hessian if self.config.feedback else None
         factors = self._factors(hessian, codec)
-        with _naming(target):
+        with naming(target):
             scale, shift = row_statistics(
                 functools.partial(self.weights.parts, target),
                 row_scale=self.config.row_scale,
@@ -410,15 +379,6 @@ class Compression:
             scale if data.scale is None else rowcode.decode(_array(data.scale), signed=False),
             None if data.shift is None else rowcode.decode(_array(data.shift), signed=True),
         )
-
-
-@contextmanager
-def _naming(target: Target) -> Iterator[None]:
-    """Put the target's name before what is wrong with its weight."""
-    try:
-        yield
-    except PocketError as error:
-        raise PocketError(f"{target.name}: {error}") from error
 
 
 def _array(part: np.ndarray | TensorSource) -> np.ndarray:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from . import kernels
 from .errors import PocketError
 from .layout import Rows, denormalise, subvector_count
+from .parallel import thread_pool
 from .precision import bfloat16_factors
 from .stored import StoredCodec
 
@@ -318,15 +318,10 @@ def relative_errors(squares: np.ndarray) -> tuple[float, float]:
 @contextmanager
 def _threads() -> Iterator[Each]:
     """As many threads as torch has, each of which computes alone what it is given."""
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with thread_pool(torch.get_num_threads()) as pool:
 
         def each(work: Callable[[int], None], numbers: Iterable[int]) -> None:
             for _ in pool.map(work, numbers):
                 pass
 
-        torch.set_num_threads(1)
-        try:
-            yield each
-        finally:
-            torch.set_num_threads(threads)
+        yield each

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,6 +84,15 @@ def subvector_count(columns: int, subvector: int) -> int:
 def role_of(name: str) -> str:
     """The name without layer numbers: ``layers.3.mlp.up_proj`` -> ``layers.mlp.up_proj``."""
     return re.sub(r"\.\d+(?=\.|$)", "", name)
+
+
+@contextmanager
+def naming(target: Target) -> Iterator[None]:
+    """Put the target's name before what is wrong with its weight."""
+    try:
+        yield
+    except PocketError as error:
+        raise PocketError(f"{target.name}: {error}") from error
 
 
 def normalise(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from tqdm.auto import tqdm
@@ -62,6 +63,28 @@ class Progress:
         self._one.set_description_str(what)
         self._show(0.0)
         return self._show
+
+    def steps(self, what: str, work: Mapping[str, float]) -> Callable[[str, float], None]:
+        """Begin steps that run at the same time, as one; the step before them is over.
+
+        Args:
+            what: name of all.
+            work: of each by name.
+
+        Returns:
+            A function to call, from any thread, with a name and the share of that step that is
+            done, 0 to 1.
+        """
+        lock, shares = threading.Lock(), dict.fromkeys(work, 0.0)
+        whole = max(sum(work.values()), 1e-9)
+        show = self.step(what, whole)
+
+        def one(name: str, share: float) -> None:
+            with lock:
+                shares[name] = share
+                show(sum(shares[n] * work[n] for n in work) / whole)
+
+        return one
 
     def _show(self, share: float) -> None:
         whole = min(1.0, (self._done + share * self._step_work) / self._work)
