@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from .errors import PocketError
-from .precision import bfloat16_factors, bfloat16_linears
+from .precision import bfloat16_factors, bfloat16_linears, factor_dtype
 from .weights import LoadedWeights, Weights
 from .workspace import writing
 
@@ -40,6 +40,8 @@ Names = tuple[str, ...]
 # Rows of a matrix of second moments that one thread computes at a time. Only those on and below the
 # diagonal are computed, so that smaller blocks save more, and larger ones multiply faster.
 MOMENT_ROWS = 1024
+# Windows whose inputs are multiplied together where these are kept in bfloat16.
+MOMENT_WINDOWS = 4
 # Rows of a gradient that exist at a time, for each thread.
 GRADIENT_ROWS = 256
 
@@ -337,25 +339,31 @@ class Calibrator:
     def _collect(self, index: int, modules: dict[str, nn.Module]) -> dict[str, np.ndarray]:
         sums: dict[Names, torch.Tensor] = {}
         tokens: dict[Names, int] = {}
-        together = self._ahead
+        # Products of bfloat16 are rounded to it: of the same windows with any number of threads.
+        step = MOMENT_WINDOWS if factor_dtype() == torch.bfloat16 else 1
+        together = -(-self._ahead // step) * step
         # Where each is called once, a window is done when all have been.
         awaited, once = None, True
         handles = [m.register_forward_pre_hook(self._hook(n)) for n, m in modules.items()]
         try:
             for first in range(0, len(self.windows), together):
                 group = range(first, min(first + together, len(self.windows)))
-                inputs: dict[Names, list[torch.Tensor]] = {}
+                inputs: dict[tuple[Names, int], list[torch.Tensor]] = {}
                 work = functools.partial(self._inputs, index=index, awaited=awaited)
-                for found, calls in self._each(work, group):
+                for window, (found, calls) in zip(group, self._each(work, group), strict=True):
                     once = once and sorted(calls) == sorted(modules)
                     for x, readers in found:
-                        inputs.setdefault(tuple(readers), []).append(x)
+                        inputs.setdefault((tuple(readers), window // step), []).append(x)
                 awaited = frozenset(modules) if once else None
-                for names, xs in inputs.items():
+                columns: dict[Names, list[torch.Tensor]] = {}
+                for names, part in list(inputs):
+                    xs = inputs.pop((names, part))
+                    columns.setdefault(names, []).append(torch.cat(xs, 1) if len(xs) > 1 else xs[0])
+                for names, xs in columns.items():
                     tokens[names] = tokens.get(names, 0) + sum(x.shape[1] for x in xs)
                     if names not in sums:
                         sums[names] = torch.zeros(len(xs[0]), len(xs[0]))
-                self._add(sums, inputs)
+                self._add(sums, columns)
         finally:
             for handle in handles:
                 handle.remove()
@@ -366,12 +374,13 @@ class Calibrator:
     def _inputs(
         self, window: int, index: int, awaited: frozenset[str] | None
     ) -> tuple[list[tuple[torch.Tensor, list[str]]], list[str]]:
-        """Distinct inputs of one window as columns, (in, tokens) float32, each with who reads it;
-        and who was called, each time."""
+        """Distinct inputs of one window as columns, (in, tokens), each with who reads it; and who
+        was called, each time."""
         self._await_inputs(awaited)
         self._run(window, index, self._state(window))
         found, self._local.inputs = self._local.inputs, []
-        columns = [(x.reshape(-1, x.shape[-1]).float().T.contiguous(), n) for x, n in found]
+        kind = factor_dtype()
+        columns = [(x.reshape(-1, x.shape[-1]).to(kind).T.contiguous(), n) for x, n in found]
         return columns, self._local.calls
 
     def _await_inputs(self, awaited: frozenset[str] | None) -> None:
@@ -390,7 +399,10 @@ class Calibrator:
             last = first + MOMENT_ROWS
             block = sums[names][first:last, :last]
             for x in inputs[names]:
-                block.addmm_(x[first:last], x[:last].T)
+                if x.dtype == torch.bfloat16:
+                    block += x[first:last] @ x[:last].T
+                else:
+                    block.addmm_(x[first:last], x[:last].T)
 
         blocks = [(n, first) for n in inputs for first in range(0, len(sums[n]), MOMENT_ROWS)]
         # The long rows first: threads end together.

@@ -40,18 +40,25 @@ def _precision() -> str | None:
     return None if matmul is None else str(matmul.fp32_precision)
 
 
+def factor_dtype() -> torch.dtype:
+    """What factors of large products are kept in.
+
+    bfloat16 where :func:`bfloat16_factors` lets torch round to it and the processor has tiles
+    (AMX), since torch would convert float32 in every call. On other processors products in bfloat16
+    are no faster.
+    """
+    tiles = _precision() == "bf16" and "amx" in kernels.available_isas()
+    return torch.bfloat16 if tiles else torch.float32
+
+
 def linear_dtype(module: nn.Module) -> torch.dtype:
     """What the weight of a module of a decoder layer is held in while the layer runs.
 
-    bfloat16 for linears, where :func:`bfloat16_factors` lets torch round to it and the processor
-    has tiles (AMX): else torch would convert float32 weights in every call. On other processors
-    products in bfloat16 are no faster. Not for a linear with a forward of its own, which may not
-    convert what goes in.
+    :func:`factor_dtype` for linears, but for one with a forward of its own, which may not convert
+    what goes in.
     """
     plain = type(module) is nn.Linear and "forward" not in vars(module)
-    if plain and _precision() == "bf16" and "amx" in kernels.available_isas():
-        return torch.bfloat16
-    return torch.float32
+    return factor_dtype() if plain else torch.float32
 
 
 @contextmanager
