@@ -20,7 +20,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from .errors import PocketError
+from .parallel import worker_threads
 from .precision import bfloat16_factors, bfloat16_linears, factor_dtype
 from .weights import LoadedWeights, Weights
 from .workspace import writing
@@ -186,9 +187,7 @@ class Calibrator:
         self.name, self._layers = decoder_layers(model)
         self._names = {id(m): n for n, m in model.named_modules()}
         self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(
-            workers or self._threads, initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._pool = worker_threads(workers or self._threads)
         self.progress: Callable[[float], None] | None = None
         self._local = threading.local()
         self._weights = weights or LoadedWeights(model)

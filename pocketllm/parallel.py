@@ -9,17 +9,18 @@ from contextlib import contextmanager
 import torch
 
 
+def worker_threads(workers: int, threads: int = 1) -> ThreadPoolExecutor:
+    """Workers in each of which torch and the kernels use so many threads."""
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
+
+
 @contextmanager
 def thread_pool(workers: int, threads: int = 1) -> Iterator[ThreadPoolExecutor]:
-    """A pool in each of whose workers torch and the kernels use so many threads.
-
-    Here as well while it lives, since libraries below torch know but one number.
-    """
+    """Such workers, and here as many threads as in each of them until they end, since libraries
+    below torch know but one number."""
     before = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(
-            workers, initializer=torch.set_num_threads, initargs=(threads,)
-        ) as pool:
+        with worker_threads(workers, threads) as pool:
             torch.set_num_threads(threads)
             yield pool
     finally:

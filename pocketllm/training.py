@@ -50,8 +50,9 @@ def train_codecs(
         PocketError: as train_stored_codec does.
     """
     parts = {name: f"codec-{number:04d}" for number, name in enumerate(plan.codecs)}
-    arrays = {name: workspace.load(part) for name, part in parts.items()}
-    missing = [name for name in parts if arrays[name] is None]
+    loaded = {name: workspace.load(part) for name, part in parts.items()}
+    found = {name: arrays for name, arrays in loaded.items() if arrays is not None}
+    missing = [name for name in parts if name not in found]
     warnings: dict[str, Sequence[str]] = {}
     if missing:
         show, stopped = begin(missing), threading.Event()
@@ -64,9 +65,8 @@ def train_codecs(
 
             rows = _training_rows(name, plan, weights, config)
             trained = train_stored_codec(rows, plan.codecs[name], config, shown)
-            warnings[name] = trained.warnings
-            arrays[name] = trained.arrays()
-            workspace.store(parts[name], trained.arrays())
+            warnings[name], found[name] = trained.warnings, trained.arrays()
+            workspace.store(parts[name], found[name])
 
         # The long ones first: threads end together.
         missing.sort(key=lambda name: -_bytes(plan.codecs[name]) * plan.codecs[name].codebook)
@@ -84,11 +84,7 @@ def train_codecs(
                 stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    codecs = {
-        name: StoredCodec.from_arrays(plan.codecs[name], found)
-        for name, found in arrays.items()
-        if found is not None
-    }
+    codecs = {n: StoredCodec.from_arrays(spec, found[n]) for n, spec in plan.codecs.items()}
     return codecs, [f"{name}: {w}" for name in parts for w in warnings.get(name, [])]
 
 
