@@ -146,6 +146,99 @@ typedef int32_t pllm_index_max_fn(const uint8_t *packed, ptrdiff_t rows, ptrdiff
 
 #define PLLM_PACK_KERNELS(X) X(pack) X(unpack) X(index_max)
 
+/* ---- trellis codes (trellis.h, trellis.c; arXiv 2406.11235, Marcellin and Fischer 1990) -------- */
+
+/* A weight has k bits, the first of which, b, enters a shift register that runs down the column. Its window holds the
+ * b of the weight's own row (bit 0) and of the PLLM_TRELLIS_MEMORY rows before it (bit 1, 2, ...). Three bits of the
+ * level's index are parities of the window under pllm_trellis_taps, the others are the weight's further bits:
+ *     index = parity(taps[0] & window) + 2 parity(taps[1] & window) + 4 parity(taps[2] & window) + 8 (further bits).
+ * Its top bit t is a sign. Of the 2^(k+1) magnitudes of k bits, which start at pllm_trellis_magnitudes(k), the rest
+ * of the index, r, means magnitude[r], and with t set -magnitude[2^(k+1) - 1 - r].
+ * Columns stand in blocks of PLLM_TRELLIS_BLOCK with the same k, which never rises from one block to the next; the
+ * last block may be shorter. Blocks with k = 0 have no bits and are zero. */
+enum {
+    PLLM_TRELLIS_BITS = 6,   /* the most of a weight */
+    PLLM_TRELLIS_MEMORY = 8, /* rows whose first bits count beside a row's own */
+    PLLM_TRELLIS_CODED = 3,  /* bits of an index that are parities */
+    PLLM_TRELLIS_BLOCK = 128,
+    PLLM_TRELLIS_SEGMENT = 256, /* rows of a segment; the last has those left over, too */
+    PLLM_TRELLIS_SHORT = 16,    /* segments of fewer rows start with zeros in the register, others with their end */
+    PLLM_TRELLIS_TABLE = 252    /* magnitudes of 1 to PLLM_TRELLIS_BITS bits together */
+};
+#define PLLM_TRELLIS_TAPS {0x98, 0x56, 0x1b1}
+
+/* Where the magnitudes of k bits, 1 or more, start in a table of all. */
+static inline int pllm_trellis_magnitudes(int k) { return (4 << (k - 1)) - 4; }
+
+/* How a matrix is coded; all pointers are borrowed. */
+typedef struct {
+    const uint8_t *block_bits; /* (ceil(in / PLLM_TRELLIS_BLOCK)) k of each block, 0..6, never rising */
+    int extra;                 /* row r has a bit more where (r + 1) extra / 4 is above r extra / 4, rounded down: 0..3 */
+    const int8_t *magnitude;   /* (PLLM_TRELLIS_TABLE), none negative */
+    const int32_t *order;      /* (in) the column of W that stands i-th, or NULL: they stand in order */
+    const float *factor;       /* (in) what values of the i-th are multiplied by, or NULL: 1 */
+} pllm_trellis;
+
+/* Rows before row r that have a bit more. */
+static inline ptrdiff_t pllm_trellis_richer(const pllm_trellis *t, ptrdiff_t r) { return r * t->extra / 4; }
+
+/* Whether row r has a bit more. */
+static inline int pllm_trellis_more(const pllm_trellis *t, ptrdiff_t r)
+{
+    return (int)(pllm_trellis_richer(t, r + 1) - pllm_trellis_richer(t, r));
+}
+
+/* The bytes of plane p of a row: the p-th bits of its first columns, those that have one; more: the row has a bit
+ * more. A plane has bit c of a row at bit c mod 8 of byte c / 8 and fills whole bytes. */
+static inline ptrdiff_t pllm_trellis_plane_bytes(const pllm_trellis *t, ptrdiff_t in_features, int more, int p)
+{
+    ptrdiff_t columns = 0;
+    for (ptrdiff_t b = 0; columns < in_features && t->block_bits[b] + (t->block_bits[b] ? more : 0) > p; b++)
+        columns += PLLM_TRELLIS_BLOCK;
+    return ((columns < in_features ? columns : in_features) + 7) / 8;
+}
+
+/* Of a row: its planes, one after the other. */
+static inline ptrdiff_t pllm_trellis_row_bytes(const pllm_trellis *t, ptrdiff_t in_features, int more)
+{
+    ptrdiff_t bytes = 0;
+    for (int p = 0; p < PLLM_TRELLIS_BITS; p++)
+        bytes += pllm_trellis_plane_bytes(t, in_features, more, p);
+    return bytes;
+}
+
+/* Of the rows before row r, one after the other. */
+static inline ptrdiff_t pllm_trellis_offset(const pllm_trellis *t, ptrdiff_t in_features, ptrdiff_t r)
+{
+    const ptrdiff_t few = pllm_trellis_row_bytes(t, in_features, 0), more = pllm_trellis_row_bytes(t, in_features, 1);
+    return r * few + pllm_trellis_richer(t, r) * (more - few);
+}
+
+/* Segments that `rows` rows are cut into; segment s starts with row s PLLM_TRELLIS_SEGMENT. */
+static inline ptrdiff_t pllm_trellis_segments(ptrdiff_t rows)
+{
+    return rows < PLLM_TRELLIS_SEGMENT ? rows > 0 : rows / PLLM_TRELLIS_SEGMENT;
+}
+
+/* Chooses the bits of every weight, column by column, every error made fed into the columns behind it:
+ *     q[r, c] = (x[r, c] + sum over m < c of (x[r, m] - v[r, m]) feedback[m, c]) / factor[c],
+ * the sum a chain of fused multiply-adds that starts at zero, m ascending; v[r, c] = factor[c] level is what the bits
+ * stand for. The bits of a segment of a column are those of the least sum over its rows of
+ *     weight[r] (q[r, c] - level)^2
+ * among all that start and end with the same register, which is that of the best way through the segment's last and
+ * first PLLM_TRELLIS_OVERLAP rows, or half the segment, whichever is less. The sum runs down the column. On ties the
+ * path with the lower register wins, and of levels with the same parities the one with lower further bits.
+ * x: (rows, columns).  weight: (rows), none negative.  feedback: (columns, columns), or NULL: none is fed.
+ * bits: (columns) k of each, 0..6, in any order; 0: v is 0.  extra: as in pllm_trellis.
+ * factor: (columns), positive.  level: (PLLM_TRELLIS_TABLE) magnitudes as floats.
+ * symbol: (rows, columns): b and the further bits of each weight, b lowest.  Returns PLLM_OK or PLLM_ENOMEM. */
+typedef int pllm_encode_trellis_fn(const float *x, ptrdiff_t rows, ptrdiff_t columns, const float *weight,
+                                   const float *feedback, const uint8_t *bits, int extra, const float *factor,
+                                   const float *level, uint8_t *symbol, int threads);
+enum { PLLM_TRELLIS_OVERLAP = 48 };
+
+#define PLLM_TRELLIS_KERNELS(X) X(encode_trellis)
+
 /* ---- inference (infer.c, bfloat16.c) ---------------------------------------------------------- */
 
 /* What turns an index into d values: table[index], or the decoder applied to a row of codewords. */
@@ -157,6 +250,7 @@ typedef struct {
     const void *table;    /* (k, d) f32 or int8; the codebook when there is a decoder */
     const float *decoder; /* flat decoder parameters, NULL when the table is already decoded */
     int hidden, norm;     /* of the decoder */
+    const pllm_trellis *trellis; /* or NULL; with it d is 1, table_scale 1, and the rest is not used */
 } pllm_codec;
 
 /* A compressed matrix: W[r, l d + j] = scale[r] * value(index[r, l])[j] + shift[r].
@@ -353,6 +447,7 @@ typedef int pllm_encode_feedback_fn(const float *x, ptrdiff_t rows, ptrdiff_t co
 #define PLLM_ALL_KERNELS(X) \
     PLLM_SEARCH_KERNELS(X) \
     PLLM_PACK_KERNELS(X) \
+    PLLM_TRELLIS_KERNELS(X) \
     PLLM_INFER_KERNELS(X) \
     PLLM_LAYER_KERNELS(X) \
     PLLM_TRAIN_KERNELS(X) \
