@@ -2,36 +2,27 @@
  *
  * Rows are independent, and lie in the lanes: a thread takes ROWS of them through a block of sub-vectors,
  * whose columns get the errors of those of the block that are done just before each choice, and then feeds
- * the block's errors into everything ahead of it, which is most of the work and a small matrix product.
- * What that reads of the feedback matrix is copied together once a block, in the order in which it is
- * met. Every sum is one chain of fused multiply-adds over the errors in the order of the sweep, so
- * neither the block size nor the instruction set nor the threads change a bit of it.
+ * the block's errors into everything ahead of it, which is most of the work and a small matrix product
+ * (feedback_product.h). Every sum is one chain over the errors in the order of the sweep, so neither the block
+ * size nor the instruction set nor the threads change a bit of it.
  *
  * A sweep in one direction sums up the errors of the sub-vectors that are done for every one ahead. The sweep
  * that comes back needs just these sums for its other side, so that it costs no more than a single one does.
  * The first after an earlier choice finds its other side by a sweep in which nothing is chosen.
  */
+#include "feedback_product.h"
 #include "metric.h"
 
 #include <assert.h>
 #include <omp.h>
 #include <stdbool.h>
 
-#if defined(PLLM_ISA_AVX512) || defined(PLLM_ISA_NEON)
-enum { VECTORS = 4, VECTORS_FEW = 4 }; /* with COLUMNS 24 sums of 32 registers */
-#elif defined(PLLM_ISA_AVX2)
-enum { VECTORS = 2, VECTORS_FEW = 4 }; /* 12 sums of 16 registers */
-#else
-enum { VECTORS = 1, VECTORS_FEW = 1 };
-#endif
-
 enum {
     BLOCK_COLUMNS = 128, /* columns of a block, at least one sub-vector */
-    ROWS = METRIC_QUERIES, /* rows a thread takes at a time; a multiple of every vector */
-    TOGETHER = 8,        /* rows read side by side */
-    COLUMNS = 6,         /* of a panel, whose products are summed side by side with VECTORS vectors of rows */
-    FEW = 2              /* columns that have VECTORS_FEW of them: with fewer, sums would wait for each other */
+    ROWS = PRODUCT_ROWS, /* rows a thread takes at a time */
+    TOGETHER = 8         /* rows read side by side */
 };
+_Static_assert((int)ROWS == (int)METRIC_QUERIES, "the rows of a product are the queries of a search");
 
 typedef struct {
     ptrdiff_t rows, count, length; /* sub-vectors of a row; length = count d */
@@ -49,9 +40,8 @@ typedef struct {
     float *sum;                   /* (row chunks, length, ROWS) of those that are done */
 } sweep;
 
-/* Sub-vectors first..last-1, `width` columns, and the feedback of their errors in panels of at most COLUMNS
- * columns, one behind the other, each (errors, columns). Errors, and what belongs to a sub-vector, stand in the order
- * of the sweep. */
+/* Sub-vectors first..last-1, `width` columns, and the feedback of their errors in panels. Errors, and what belongs to a
+ * sub-vector, stand in the order of the sweep. */
 typedef struct {
     ptrdiff_t first, last;
     int width;
@@ -76,72 +66,15 @@ static ptrdiff_t place_of(const sweep *w, const block *b, ptrdiff_t i)
     return w->back ? b->last - 1 - i : b->first + i;
 }
 
-/* ---- products ---------------------------------------------------------------------------------- */
-
-/* target (columns, ROWS) += sum over m of error[m] (ROWS) panel[m][column], m ascending. */
-PLLM_INLINE void add_columns(float *target, const float *error, int errors, const float *panel,
-                             const int columns, const int vectors)
-{
-    for (int r = 0; r < ROWS; r += vectors * VF_WIDTH) {
-        vf sum[COLUMNS][VECTORS_FEW];
-        PLLM_UNROLL
-        for (int c = 0; c < columns; c++) {
-            PLLM_UNROLL
-            for (int v = 0; v < vectors; v++)
-                sum[c][v] = vf_load(target + c * ROWS + r + v * VF_WIDTH);
-        }
-        for (int m = 0; m < errors; m++) {
-            const float *const e = error + m * ROWS + r;
-            PLLM_UNROLL
-            for (int c = 0; c < columns; c++) {
-                const vf factor = vf_set1(panel[m * columns + c]);
-                PLLM_UNROLL
-                for (int v = 0; v < vectors; v++)
-                    sum[c][v] = vf_fma(vf_load(e + v * VF_WIDTH), factor, sum[c][v]);
-            }
-        }
-        PLLM_UNROLL
-        for (int c = 0; c < columns; c++) {
-            PLLM_UNROLL
-            for (int v = 0; v < vectors; v++)
-                vf_store(target + c * ROWS + r + v * VF_WIDTH, sum[c][v]);
-        }
-    }
-}
-
-typedef void add_fn(float *target, const float *error, int errors, const float *panel);
-
-/* One copy for each number of columns. */
-#define ADD_COLUMNS(N) \
-    static void add_##N(float *target, const float *error, int errors, const float *panel) \
-    { \
-        add_columns(target, error, errors, panel, N, N <= FEW ? VECTORS_FEW : VECTORS); \
-    }
-ADD_COLUMNS(1) ADD_COLUMNS(2) ADD_COLUMNS(3) ADD_COLUMNS(4) ADD_COLUMNS(5) ADD_COLUMNS(6)
-
-static add_fn *const add_of[COLUMNS + 1] = {NULL, add_1, add_2, add_3, add_4, add_5, add_6};
-
-/* target (columns, ROWS) += the errors times their panels. */
-static void add_errors(float *target, ptrdiff_t columns, const float *error, int errors, const float *panels)
-{
-    for (ptrdiff_t c = 0; c < columns; c += COLUMNS)
-        add_of[smaller(columns - c, COLUMNS)](target + c * ROWS, error, errors, panels + c * errors);
-}
-
 /* panels = what the errors of the block's first `count` sub-vectors mean for the columns from..to-1. */
 static void pack(const job *j, const sweep *w, const block *b, ptrdiff_t count, ptrdiff_t from, ptrdiff_t to,
                  float *panels)
 {
-    for (ptrdiff_t c = from; c < to; c += COLUMNS) {
-        const ptrdiff_t here = smaller(to - c, COLUMNS);
+    for (ptrdiff_t c = from; c < to; c += PRODUCT_COLUMNS) {
+        const ptrdiff_t here = smaller(to - c, PRODUCT_COLUMNS);
         for (ptrdiff_t i = 0; i < count; i++) {
-            const float *row = j->feedback + place_of(w, b, i) * j->d * j->length + c;
-            for (int a = 0; a < j->d; a++, panels += here, row += j->length) {
-                if (here == COLUMNS) /* a copy of a constant size is no call */
-                    memcpy(panels, row, COLUMNS * sizeof *panels);
-                else
-                    memcpy(panels, row, (size_t)here * sizeof *panels);
-            }
+            const float *const row = j->feedback + place_of(w, b, i) * j->d * j->length + c;
+            panels = product_pack(panels, row, j->d, j->length, here);
         }
     }
 }
@@ -184,8 +117,8 @@ static void prepare(const job *j, const sweep *w, const block *b)
     ptrdiff_t from, to;
     ahead(j, w, b, &from, &to);
 #pragma omp for schedule(static)
-    for (ptrdiff_t c = from; c < to; c += COLUMNS)
-        pack(j, w, b, b->last - b->first, c, smaller(c + COLUMNS, to), b->outside + (c - from) * b->width);
+    for (ptrdiff_t c = from; c < to; c += PRODUCT_COLUMNS)
+        pack(j, w, b, b->last - b->first, c, smaller(c + PRODUCT_COLUMNS, to), b->outside + (c - from) * b->width);
 }
 
 /* s->x = the columns of the block of `n` rows; zeros behind them. */
@@ -288,7 +221,7 @@ static void sweep_block(const job *j, const sweep *w, const block *b, ptrdiff_t 
         load_choices(j, w, b, start, n, s);
     for (ptrdiff_t i = 0; i < b->last - b->first; i++) {
         const ptrdiff_t own = place_of(w, b, i) * d * ROWS;
-        add_errors(sum + own, d, s->error, (int)i * d, b->inside + i * d * BLOCK_COLUMNS);
+        product_add(sum + own, d, s->error, (int)i * d, b->inside + i * d * BLOCK_COLUMNS);
         if (w->index) {
             const float *const other = w->other ? w->other + start * j->length + own : NULL;
             set_targets(d, s->x + i * d * ROWS, other, sum + own, s->target);
@@ -300,7 +233,7 @@ static void sweep_block(const job *j, const sweep *w, const block *b, ptrdiff_t 
         store_choices(j, w, b, start, n, s);
     ptrdiff_t from, to;
     ahead(j, w, b, &from, &to);
-    add_errors(sum + from * ROWS, to - from, s->error, b->width, b->outside);
+    product_add(sum + from * ROWS, to - from, s->error, b->width, b->outside);
 }
 
 /* ---- all of it --------------------------------------------------------------------------------- */
