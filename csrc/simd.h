@@ -4,7 +4,10 @@
  * Types   vf  VF_WIDTH floats        vi  VF_WIDTH int32        vm  VF_WIDTH truth values
  * Memory  vf_load vf_store vi_load vi_store (unaligned), vf_set1 vf_zero vi_set1,
  *         vi_iota = 0, 1, 2, ...;  vf_gather(base, index) = base[index[lane]];
- *         vi_load_i8 vi_load_u8 vi_load_u16: VF_WIDTH small integers, widened; vf_load_i8: to float
+ *         vi_load_i8 vi_load_u8 vi_load_u16: VF_WIDTH small integers, widened; vf_load_i8: to float;
+ *         vf_look_up8(p, index) = p[index[lane]] of eight floats, each index 0..7;
+ *         vf_load_with(p, bit) = p[lane | bit] and vf_load_without(p, bit) = p[lane & ~bit], bit a power of two below
+ *         VF_WIDTH, constant
  * Float   vf_add vf_sub vf_mul vf_div vf_sqrt vf_neg vf_abs, vf_sign: 1, or -1 where the sign bit is set,
  *         vf_fma(a, b, c) = a b + c and vf_fnma(a, b, c) = c - a b, both rounded once,
  *         vf_min(a, b) = a < b ? a : b and vf_max(a, b) = a > b ? a : b (so b if either is NaN),

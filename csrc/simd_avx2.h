@@ -23,6 +23,19 @@ static inline vi vi_iota(void) { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7
 static inline vi vi_load(const int32_t *p) { return _mm256_loadu_si256(VF_PACKED(p)); }
 static inline void vi_store(int32_t *p, vi a) { _mm256_storeu_si256((__m256i *)(void *)p, a); }
 static inline vf vf_gather(const float *p, vi i) { return _mm256_i32gather_ps(p, i, 4); }
+static inline vf vf_look_up8(const float *p, vi i) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), i); }
+static inline vf vf_load_with(const float *p, const int bit)
+{
+    return bit == 1   ? _mm256_movehdup_ps(vf_load(p))
+           : bit == 2 ? _mm256_permute_ps(vf_load(p), 0xee)
+                      : _mm256_broadcast_ps((const __m128 *)(const void *)(p + 4));
+}
+static inline vf vf_load_without(const float *p, const int bit)
+{
+    return bit == 1   ? _mm256_moveldup_ps(vf_load(p))
+           : bit == 2 ? _mm256_permute_ps(vf_load(p), 0x44)
+                      : _mm256_broadcast_ps((const __m128 *)(const void *)p);
+}
 static inline vi vi_load_i8(const int8_t *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(VF_HALF(p))); }
 static inline vi vi_load_u8(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(VF_HALF(p))); }
 static inline vi vi_load_u16(const uint16_t *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(VF_HALF(p))); }

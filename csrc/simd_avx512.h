@@ -30,6 +30,18 @@ static inline vi vi_iota(void)
     return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
 }
 static inline vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
+static inline vf vf_look_up8(const float *p, vi index)
+{
+    return _mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+}
+static inline vf vf_load_with(const float *p, const int bit)
+{
+    return _mm512_permutexvar_ps(_mm512_or_si512(vi_iota(), _mm512_set1_epi32(bit)), vf_load(p));
+}
+static inline vf vf_load_without(const float *p, const int bit)
+{
+    return _mm512_permutexvar_ps(_mm512_andnot_si512(_mm512_set1_epi32(bit), vi_iota()), vf_load(p));
+}
 static inline void vi_store(int32_t *p, vi a) { _mm512_storeu_si512(p, a); }
 
 static inline vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }

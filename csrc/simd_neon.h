@@ -30,6 +30,22 @@ static inline vf vf_gather(const float *p, vi index)
                                   p[vgetq_lane_s32(index, 2)], p[vgetq_lane_s32(index, 3)]};
     return vld1q_f32(lane);
 }
+static inline vf vf_look_up8(const float *p, vi index)
+{
+    const uint8x16x2_t table = {{vreinterpretq_u8_f32(vld1q_f32(p)), vreinterpretq_u8_f32(vld1q_f32(p + 4))}};
+    const int32x4_t bytes = vmlaq_s32(vdupq_n_s32(0x03020100), index, vdupq_n_s32(0x04040404));
+    return vreinterpretq_f32_u8(vqtbl2q_u8(table, vreinterpretq_u8_s32(bytes)));
+}
+static inline vf vf_load_with(const float *p, const int bit)
+{
+    const vf a = vld1q_f32(p);
+    return bit == 1 ? vtrn2q_f32(a, a) : vcombine_f32(vget_high_f32(a), vget_high_f32(a));
+}
+static inline vf vf_load_without(const float *p, const int bit)
+{
+    const vf a = vld1q_f32(p);
+    return bit == 1 ? vtrn1q_f32(a, a) : vcombine_f32(vget_low_f32(a), vget_low_f32(a));
+}
 static inline vi vi_load_u16(const uint16_t *p) { return vreinterpretq_s32_u32(vmovl_u16(vld1_u16(p))); }
 static inline vi vi_load_i8(const int8_t *p)
 {

@@ -30,6 +30,9 @@ static inline vi vi_iota(void) { vi r; VF_LANES r.v[i] = i; return r; }
 static inline void vf_store(float *p, vf a) { VF_LANES p[i] = a.v[i]; }
 static inline void vi_store(int32_t *p, vi a) { VF_LANES p[i] = a.v[i]; }
 static inline vf vf_gather(const float *p, vi a) { vf r; VF_LANES r.v[i] = p[a.v[i]]; return r; }
+static inline vf vf_look_up8(const float *p, vi a) { return vf_gather(p, a); }
+static inline vf vf_load_with(const float *p, const int bit) { vf r; VF_LANES r.v[i] = p[i | bit]; return r; }
+static inline vf vf_load_without(const float *p, const int bit) { vf r; VF_LANES r.v[i] = p[i & ~bit]; return r; }
 
 VF_OP2(vf_add, vf, vf, a.v[i] + b.v[i])
 VF_OP2(vf_sub, vf, vf, a.v[i] - b.v[i])

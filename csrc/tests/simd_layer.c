@@ -147,6 +147,21 @@ static void check_loads(void)
     INTS(vi_load_u16(u16), u16[i]);
     FLOATS(vf_load_i8(i8), (float)i8[i]);
     FLOATS(vf_gather(table, vi_load(at)), table[at[i]]);
+    EACH_LANE at[i] %= 8;
+    FLOATS(vf_look_up8(table + 42, vi_load(at)), table[42 + at[i]]);
+    float *own = new_normals(W);
+#define WITH_AND_WITHOUT(bit) \
+    FLOATS(vf_load_with(own, bit), own[i | (bit)]); \
+    FLOATS(vf_load_without(own, bit), own[i & ~(bit)])
+    WITH_AND_WITHOUT(1);
+    WITH_AND_WITHOUT(2);
+#if VF_WIDTH >= 8
+    WITH_AND_WITHOUT(4);
+#endif
+#if VF_WIDTH >= 16
+    WITH_AND_WITHOUT(8);
+#endif
+    free(own);
     free(i8);
     free(u8);
     free(u16);
