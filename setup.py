@@ -32,6 +32,7 @@ ONCE = [
     "module_layer.c",
     "module_train.c",
     "module_feedback.c",
+    "module_trellis.c",
 ]
 PER_ISA = [
     "isa_table.c",
@@ -50,6 +51,7 @@ PER_ISA = [
     "tree_build.c",
     "tree_cells.c",
     "tree_search.c",
+    "trellis.c",
 ]
 ISA_FLAGS = {
     "x86_64": {

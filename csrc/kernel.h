@@ -46,6 +46,13 @@ pllm_matmul_fn pllm_matmul_amx;
 /* Hides from the compiler what a pointer points to, so that loads through it stay where they are. */
 #define PLLM_OPAQUE(pointer) __asm__("" : "+r"(pointer))
 
+/* Keeps a vector in its register, so that it is not loaded again where it is used again. */
+#if defined(__x86_64__) && defined(PLLM_ISA_VECTOR) && !defined(PLLM_SIMDE)
+#define PLLM_HOLD(vector) __asm__("" : "+v"(vector))
+#else
+#define PLLM_HOLD(vector) (void)(vector)
+#endif
+
 /* Asks for memory that will be read soon. */
 #define PLLM_PREFETCH(pointer) __builtin_prefetch(pointer)
 /* The same, later: not into the first-level cache. */

@@ -58,5 +58,6 @@ extern PyMethodDef pllm_infer_methods[];
 extern PyMethodDef pllm_layer_methods[];
 extern PyMethodDef pllm_train_methods[];
 extern PyMethodDef pllm_feedback_methods[];
+extern PyMethodDef pllm_trellis_methods[];
 
 #endif

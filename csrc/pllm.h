@@ -225,12 +225,17 @@ static inline ptrdiff_t pllm_trellis_segments(ptrdiff_t rows)
  * the sum a chain of fused multiply-adds that starts at zero, m ascending; v[r, c] = factor[c] level is what the bits
  * stand for. The bits of a segment of a column are those of the least sum over its rows of
  *     weight[r] (q[r, c] - level)^2
- * among all that start and end with the same register, which is that of the best way through the segment's last and
- * first PLLM_TRELLIS_OVERLAP rows, or half the segment, whichever is less. The sum runs down the column. On ties the
- * path with the lower register wins, and of levels with the same parities the one with lower further bits.
- * x: (rows, columns).  weight: (rows), none negative.  feedback: (columns, columns), or NULL: none is fed.
- * bits: (columns) k of each, 0..6, in any order; 0: v is 0.  extra: as in pllm_trellis.
- * factor: (columns), positive.  level: (PLLM_TRELLIS_TABLE) magnitudes as floats.
+ * among all that start and end with one register: that which the best way through the segment's last and then its
+ * first PLLM_TRELLIS_OVERLAP rows, or half the segment, whichever is less, has between the two. Segments of fewer than
+ * PLLM_TRELLIS_SHORT rows start with zeros in the register and end with any.
+ * Every step is rounded to float32, and the sum runs down the column; a term that is no number counts as infinite. Of
+ * two paths of the same cost that meet, the one from the lower register wins, of ends of the same cost the lowest
+ * register, and of levels with the same parities and square the one with the lowest further bits.
+ * x: (rows, columns); where it is not finite, some bits are chosen.  weight: (rows), none negative.
+ * feedback: (columns, columns), read above its diagonal, or NULL: none is fed.
+ * bits: (columns) k of each, in any order: 0..6, with extra 0..5; 0: v and the symbols are 0.
+ * extra: as in pllm_trellis.
+ * factor: (columns), positive.  level: (PLLM_TRELLIS_TABLE) magnitudes as floats.  Both, and weight, are finite.
  * symbol: (rows, columns): b and the further bits of each weight, b lowest.  Returns PLLM_OK or PLLM_ENOMEM. */
 typedef int pllm_encode_trellis_fn(const float *x, ptrdiff_t rows, ptrdiff_t columns, const float *weight,
                                    const float *feedback, const uint8_t *bits, int extra, const float *factor,

@@ -649,3 +649,45 @@ def encode_feedback(
         int32 (rows, L).
     """
     return _kernels.encode_feedback(x, table, metric, feedback, previous, sweeps, _threads())
+
+
+# ---- encoding in trellis codes ----------------------------------------------------------------
+
+
+def encode_trellis(
+    x: Floats,
+    weight: Floats,
+    feedback: Floats | None,
+    bits: Bytes,
+    extra: int,
+    factor: Floats,
+    level: Floats,
+) -> Bytes:
+    """Choose the bits of every weight in a trellis code, feeding errors into the later columns.
+
+    Column by column, ``q[c] = (x[c] + sum over m < c of (x - v)[m] * feedback[m, c]) / factor[c]``,
+    where ``v = factor * level`` is what the bits chosen stand for. The bits of a segment of a
+    column, 256 rows (the last has those left over, too), are the path through the trellis of the
+    least sum of ``weight * (q - level)**2`` that ends with the register it starts with: the one
+    that
+    the best way from the segment's last 48 rows into its first 48 has between them. Segments of
+    fewer than 16 rows start with an empty register and end with any.
+    :func:`pocketllm.reference.trellis_levels` gives the levels of bits.
+
+    Args:
+        x: (rows, columns), columns in the order of encoding.
+        weight: (rows,) of the squared errors, none negative.
+        feedback: (columns, columns), or None: no error is fed; read above its diagonal.
+        bits: uint8 (columns,), 0..6, and with ``extra`` 0..5; 0: v is 0 and the symbols are.
+        extra: of every four rows so many, 0..3, have a bit more in columns that have bits.
+        factor: (columns,), above 0.
+        level: (252,) magnitudes of 1, 2, ... 6 bits, ``2 << bits`` of each.
+
+    Returns:
+        uint8 (rows, columns): the bits of each weight, the one that enters the register lowest. A
+        weight of an x that is not finite gets some bits.
+
+    Raises:
+        ValueError: also when ``weight``, ``factor`` or ``level`` are not finite.
+    """
+    return _kernels.encode_trellis(x, weight, feedback, bits, extra, factor, level, _threads())

@@ -9,6 +9,7 @@ void test_search(const pllm_kernels *k);
 void test_simd(const pllm_kernels *k);
 void test_training(const pllm_kernels *k);
 void test_tree(const pllm_kernels *k);
+void test_trellis(const pllm_kernels *k);
 
 static const struct {
     const char *name;
@@ -22,6 +23,7 @@ static const struct {
     {"simd", test_simd},
     {"training", test_training},
     {"tree", test_tree},
+    {"trellis", test_trellis},
 };
 
 long check_count, check_failures;

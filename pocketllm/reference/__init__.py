@@ -17,6 +17,7 @@ from pocketllm.reference.training import (
     rln_backward,
     train_step,
 )
+from pocketllm.reference.trellis import encode_trellis, trellis_levels
 
 __all__ = [
     "SearchIndex",
@@ -31,6 +32,7 @@ __all__ = [
     "encode",
     "encode_backward",
     "encode_feedback",
+    "encode_trellis",
     "index_max",
     "matmul",
     "mlp",
@@ -40,5 +42,6 @@ __all__ = [
     "rln",
     "rln_backward",
     "train_step",
+    "trellis_levels",
     "unpack",
 ]
