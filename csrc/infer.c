@@ -12,6 +12,7 @@
 #include "infer_gemm.h"
 #include "infer_span.h"
 #include "kernel.h"
+#include "trellis.h"
 
 enum {
     FEW_SPAN = 512,     /* about so many columns of a row are decoded at a time, few tokens */
@@ -31,38 +32,50 @@ typedef struct {
     ptrdiff_t span;             /* sub-vectors decoded at a time: a multiple of 16, or all of them */
     ptrdiff_t stride;           /* floats between decoded rows: span * d, rounded up to 16 */
     coder_plan decoder;         /* used when the codec has one */
+    trellis code;               /* of a matrix in trellis codes, and its memory */
+    char *memory;
 } view;
+
+/* Whether a row is decoded as a whole. */
+static int has_whole_rows(const pllm_codec *c) { return c->decoder || c->trellis; }
 
 /* Floats for an int8 table widened once per call; 0 when it is read as it is. */
 static size_t widened_floats(const pllm_codec *c)
 {
-    return c->table_is_int8 && c->k * c->d <= WIDENED_FLOATS ? (size_t)(c->k * c->d) : 0;
+    return !c->trellis && c->table_is_int8 && c->k * c->d <= WIDENED_FLOATS ? (size_t)(c->k * c->d) : 0;
 }
 
-/* span_values: about how many columns to decode at a time. */
-static view view_of(const pllm_matrix *w, ptrdiff_t span_values)
+/* span_values: about how many columns to decode at a time. Returns PLLM_OK, or PLLM_ENOMEM; release v->memory. */
+static int open_view(view *v, const pllm_matrix *w, ptrdiff_t span_values)
 {
     const pllm_codec *c = w->codec;
-    view v = {.w = w};
-    v.count = (w->in_features + c->d - 1) / c->d;
-    v.length = v.count * c->d;
-    v.row_stride_bytes = pllm_row_stride_bytes(v.count, c->index_bits);
-    v.span = c->decoder ? v.count : smaller(v.count, round_up(span_values / c->d - 15, 16));
-    v.stride = round_up(v.span * c->d, 16);
-    v.plan = (span_plan){
+    *v = (view){.w = w, .plan = {.factor = 1.0f}, .code = trellis_of(w)};
+    v->count = (w->in_features + c->d - 1) / c->d;
+    v->length = v->count * c->d;
+    v->span = has_whole_rows(c) ? v->count : smaller(v->count, round_up(span_values / c->d - 15, 16));
+    v->stride = round_up(v->span * c->d, 16);
+    if (c->trellis) {
+        v->memory = pllm_alloc(trellis_bytes(&v->code));
+        if (!v->memory)
+            return PLLM_ENOMEM;
+        trellis_place(&v->code, v->memory);
+        return PLLM_OK;
+    }
+    v->row_stride_bytes = pllm_row_stride_bytes(v->count, c->index_bits);
+    v->plan = (span_plan){
         .table = c->table,
         .d = c->d,
         .is_int8 = c->table_is_int8,
         .factor = c->table_is_int8 ? c->table_scale : 1.0f,
         .bits = c->index_bits,
         .last = c->k - 1,
-        .end = w->packed + w->out_features * v.row_stride_bytes,
+        .end = w->packed + w->out_features * v->row_stride_bytes,
     };
-    v.plan.row_bytes = c->d * (c->table_is_int8 ? 1 : (int32_t)sizeof(float));
-    plan_groups(&v.plan);
+    v->plan.row_bytes = c->d * (c->table_is_int8 ? 1 : (int32_t)sizeof(float));
+    plan_groups(&v->plan);
     if (c->decoder)
-        v.decoder = PLLM_SYM(coder_plan_of)(c->d, c->hidden, c->norm, v.count, 1);
-    return v;
+        v->decoder = PLLM_SYM(coder_plan_of)(c->d, c->hidden, c->norm, v->count, 1);
+    return PLLM_OK;
 }
 
 /* Lets v read a table of floats made in memory (widened_floats), if it is to be widened. */
@@ -76,7 +89,7 @@ static void widen_table(view *v, float *memory)
         memory[i] = (float)table[i];
     v->plan.table = (const char *)memory;
     v->plan.is_int8 = 0;
-    v->plan.row_bytes = v->plan.d * (int32_t)sizeof(float);
+    v->plan.row_bytes = v->w->codec->d * (int32_t)sizeof(float);
 }
 
 /* Floats one thread needs to run the decoder. */
@@ -85,7 +98,7 @@ static size_t decoder_floats(const view *v)
     if (!v->w->codec->decoder)
         return 0;
     return PLLM_SYM(coder_tape_floats)(&v->decoder) + PLLM_SYM(coder_scratch_floats)(&v->decoder) +
-           (size_t)(v->decoder.blocks * CODER_LANES * v->plan.d);
+           (size_t)(v->decoder.blocks * CODER_LANES * v->w->codec->d);
 }
 
 /* row (count, d): codewords in, decoded sub-vectors out.  memory: decoder_floats. */
@@ -104,14 +117,32 @@ static void run_decoder(const view *v, float *row, float *memory)
     }
 }
 
+/* target (in) = a row in trellis codes, its columns in the order of the matrix and times their factors. */
+static void decode_trellis_row(const view *v, ptrdiff_t row, float *target)
+{
+    const trellis *const t = &v->code;
+    memset(target, 0, (size_t)t->in * sizeof *target);
+    for (const trellis_span *span = t->span; span < t->span + t->spans; span++) {
+        int8_t bytes[TRELLIS_SPAN];
+        trellis_decode_bytes(t, row, span, bytes, VB_WIDTH);
+        for (ptrdiff_t i = 0; i < span->columns; i++) {
+            const ptrdiff_t at = span->first + i, step = i / TRELLIS_STEP * TRELLIS_STEP;
+            const float value = bytes[step + i % 8 * VB_WIDTH + i % TRELLIS_STEP / 8];
+            target[t->code->order ? t->code->order[at] : at] = t->code->factor ? value * t->code->factor[at] : value;
+        }
+    }
+}
+
 /* target[0 .. part * d - 1] = the row's values from sub-vector first on (a multiple of 8), without
- * factor, scale and shift; then zeros up to a multiple of 16. With a decoder the span is the row. */
+ * factor, scale and shift; then zeros up to a multiple of 16. With a decoder or a trellis the span is the row. */
 static void decode_part(const view *v, ptrdiff_t row, ptrdiff_t first, ptrdiff_t part, float *target,
                         float *decoder_memory)
 {
-    const uint8_t *source = v->w->packed + row * v->row_stride_bytes;
-    const ptrdiff_t values = part * v->plan.d;
-    decode_span(&v->plan, source + first / GROUP * v->plan.bits, part, target);
+    const ptrdiff_t values = part * v->w->codec->d;
+    if (v->code.code)
+        decode_trellis_row(v, row, target);
+    else
+        decode_span(&v->plan, v->w->packed + row * v->row_stride_bytes + first / GROUP * v->plan.bits, part, target);
     if (v->w->codec->decoder)
         run_decoder(v, target, decoder_memory);
     for (ptrdiff_t i = values; i < round_up(values, 16); i++)
@@ -148,23 +179,28 @@ static void finish_row(const view *v, ptrdiff_t row, const float *values, ptrdif
 int PLLM_SYM(pllm_decode_rows)(const pllm_matrix *w, ptrdiff_t first_row, const int64_t *row_index,
                                ptrdiff_t n, float *rows, int threads)
 {
-    view v = view_of(w, FEW_SPAN);
+    view v;
+    int status = open_view(&v, w, FEW_SPAN);
     const size_t per_thread = (size_t)v.stride + decoder_floats(&v);
     const int used = threads_for(&v, n, 0, threads);
     float *scratch = pllm_alloc_floats(per_thread * (size_t)used);
-    if (!scratch)
+    if (status != PLLM_OK || !scratch) {
+        free(v.memory);
+        free(scratch);
         return PLLM_ENOMEM;
+    }
 #pragma omp parallel for num_threads(used) schedule(static) if (used > 1)
     for (ptrdiff_t i = 0; i < n; i++) {
         float *values = scratch + per_thread * (size_t)omp_get_thread_num();
         const ptrdiff_t row = row_index ? (ptrdiff_t)row_index[i] : first_row + i;
         for (ptrdiff_t first = 0; first < v.count; first += v.span) {
-            const ptrdiff_t column = first * v.plan.d;
+            const ptrdiff_t column = first * w->codec->d;
             decode_part(&v, row, first, smaller(v.span, v.count - first), values, values + v.stride);
             finish_row(&v, row, values, smaller(v.stride, w->in_features - column),
                        rows + i * w->in_features + column);
         }
     }
+    free(v.memory);
     free(scratch);
     return PLLM_OK;
 }
@@ -182,7 +218,7 @@ static void dot_row_group(const view *v, ptrdiff_t first, const float *x, ptrdif
         for (int r = 0; r < DOT_ROWS; r++)
             decode_part(v, smaller(first + r, v->w->out_features - 1), at, part,
                         memory + r * v->stride, memory + DOT_ROWS * v->stride);
-        dot_rows(memory, v->stride, x + at * v->plan.d, x_stride, round_up(part * v->plan.d, 16), sum,
+        dot_rows(memory, v->stride, x + at * v->w->codec->d, x_stride, round_up(part * v->w->codec->d, 16), sum,
                  n);
     }
     for (int i = 0; i < DOT_ROWS * n; i++)
@@ -193,7 +229,8 @@ static int multiply_few(const pllm_product *p, int threads)
 {
     const pllm_matrix *const w = p->w;
     const int n = (int)p->n;
-    view v = view_of(w, FEW_SPAN);
+    view v;
+    const int status = open_view(&v, w, FEW_SPAN);
     const ptrdiff_t x_stride = round_up(v.length, 16);
     const size_t shared = round_up((ptrdiff_t)widened_floats(w->codec), 16) + (size_t)(n * x_stride);
     const size_t per_thread = (size_t)(DOT_ROWS * v.stride) + decoder_floats(&v);
@@ -202,8 +239,11 @@ static int multiply_few(const pllm_product *p, int threads)
     const ptrdiff_t group = fused ? FUSED_TILE : DOT_ROWS;
     float x_sum[DOT_TOKENS];
     float *memory = pllm_alloc_floats(shared + per_thread * (size_t)used);
-    if (!memory)
+    if (status != PLLM_OK || !memory) {
+        free(v.memory);
+        free(memory);
         return PLLM_ENOMEM;
+    }
     widen_table(&v, memory + n * x_stride);
     for (int t = 0; t < n; t++) {
         float *const target = memory + t * x_stride;
@@ -231,6 +271,7 @@ static int multiply_few(const pllm_product *p, int threads)
             put_output(p, t, first, rows, of_token);
         }
     }
+    free(v.memory);
     free(memory);
     return PLLM_OK;
 }
@@ -238,7 +279,7 @@ static int multiply_few(const pllm_product *p, int threads)
 /* ---- product, many tokens -------------------------------------------------------------------- */
 
 /* Rows of a tile: fewer when whole rows have to be held. */
-static ptrdiff_t tile_rows(const view *v) { return v->w->codec->decoder ? DECODER_ROWS : TILE_ROWS; }
+static ptrdiff_t tile_rows(const view *v) { return has_whole_rows(v->w->codec) ? DECODER_ROWS : TILE_ROWS; }
 
 /* c = T x of tile_rows rows from `first` on, for the panels begin..end, as multiply_panel lays it.
  * w: (tile_rows, stride), overwritten. */
@@ -249,13 +290,13 @@ static void multiply_tile(const view *v, ptrdiff_t first, ptrdiff_t rows, const 
     memset(w + rows * v->stride, 0, (size_t)((height - rows) * v->stride) * sizeof(float));
     memset(c, 0, (size_t)(tile_rows(v) * smaller((end - begin) * WIDE, p->width)) * sizeof(float));
     for (ptrdiff_t at = 0; at < v->count; at += v->span) {
-        const ptrdiff_t part = smaller(v->span, v->count - at), values = part * v->plan.d;
+        const ptrdiff_t part = smaller(v->span, v->count - at), values = part * v->w->codec->d;
         for (ptrdiff_t r = 0; r < rows; r++)
             decode_part(v, first + r, at, part, w + r * v->stride, c + tile_rows(v) * TOKEN_BLOCK);
         for (ptrdiff_t k = 0; k < values; k += MANY_SPAN)
             for (ptrdiff_t i = begin; i < end; i++) {
                 const ptrdiff_t width = panel_width(p, i);
-                const float *x = packed_x + i * WIDE * v->length + (at * v->plan.d + k) * width;
+                const float *x = packed_x + i * WIDE * v->length + (at * v->w->codec->d + k) * width;
                 multiply_panel(w + k, v->stride, height, x, width, smaller(MANY_SPAN, values - k),
                                c + tile_rows(v) * (i - begin) * WIDE);
             }
@@ -265,7 +306,8 @@ static void multiply_tile(const view *v, ptrdiff_t first, ptrdiff_t rows, const 
 static int multiply_many(const pllm_product *o, int threads)
 {
     const pllm_matrix *const w = o->w;
-    view v = view_of(w, MANY_SPAN);
+    view v;
+    const int status = open_view(&v, w, MANY_SPAN);
     const panels p = panels_for(o->n);
     const int used = threads_for(&v, w->out_features, o->n, threads);
     const ptrdiff_t block = TOKEN_BLOCK / WIDE, height = tile_rows(&v);
@@ -274,8 +316,11 @@ static int multiply_many(const pllm_product *o, int threads)
     const size_t per_thread =
         (size_t)(height * (v.stride + TOKEN_BLOCK)) + (size_t)round_up((ptrdiff_t)decoder_floats(&v), 16);
     float *memory = pllm_alloc_floats(shared + per_thread * (size_t)used);
-    if (!memory)
+    if (status != PLLM_OK || !memory) {
+        free(v.memory);
+        free(memory);
         return PLLM_ENOMEM;
+    }
     float *const x_sum = memory + packed, *const scratch = memory + shared;
     widen_table(&v, x_sum + sums);
     memset(x_sum, 0, sums * sizeof *x_sum);
@@ -297,6 +342,7 @@ static int multiply_many(const pllm_product *o, int threads)
             }
         }
     }
+    free(v.memory);
     free(memory);
     return PLLM_OK;
 }
@@ -305,7 +351,8 @@ static int multiply(const pllm_product *p, enum pllm_activations activations, in
 {
     if (p->n == 0 || p->w->out_features == 0)
         return PLLM_OK;
-    if (activations == PLLM_ACTIVATIONS_INTEGER && p->w->codec->table_is_int8 && !p->w->codec->decoder)
+    const pllm_codec *const c = p->w->codec;
+    if (activations == PLLM_ACTIVATIONS_INTEGER && (c->trellis || (c->table_is_int8 && !c->decoder)))
         return PLLM_SYM(infer_multiply_integer)(p, in_tiles, threads);
     return p->n <= DOT_TOKENS ? multiply_few(p, threads) : multiply_many(p, threads);
 }

@@ -12,6 +12,7 @@
 
 #include "infer_int_gemm.h"
 #include "infer_rows.h"
+#include "infer_trellis.h"
 
 enum {
     FEW_TOKENS = 6,           /* that do not fill a panel; no more are taken one by one */
@@ -27,8 +28,10 @@ enum {
 typedef struct {
     const pllm_product *product;
     const pllm_matrix *w; /* its */
+    trellis code; /* of a matrix in trellis codes, whose spans are its own; else these two: */
     row_table table;
     row_functions functions;
+    int one_by_one; /* each token is multiplied by itself */
     panels tokens;
     int in_tiles;               /* several tokens: multiplied in tile registers, see infer_tiles.h */
     ptrdiff_t count;            /* indices of a row, those of the joined table */
@@ -48,24 +51,45 @@ typedef struct {
 
 static int is_few(const view *v) { return v->tokens.tokens <= FEW_TOKENS && !v->in_tiles; }
 
+/* How the table of a codebook is read. */
+static void view_table(view *v, int in_tiles)
+{
+    const pllm_matrix *const w = v->w;
+    const pllm_codec *const c = w->codec;
+    const ptrdiff_t count = (w->in_features + c->d - 1) / c->d;
+    v->table = plan_rows(c, w->out_features * count, v->product->n, in_tiles);
+    v->functions = functions_for(&v->table);
+    v->one_by_one = v->table.one_by_one;
+    v->count = ((count - 1) >> v->table.pairing) + 1;
+    v->row_stride_bytes = pllm_row_stride_bytes(count, c->index_bits);
+    v->tail = w->out_features - smaller(w->out_features, OCTET_BYTES / v->row_stride_bytes + 1);
+    v->span = smaller(SPAN_VALUES / v->table.d / OCTET * OCTET, round_up(v->count, OCTET));
+    v->width = span_width(&v->table, v->span);
+    v->spans = (v->count + v->span - 1) / v->span;
+}
+
+static void view_trellis(view *v, int in_tiles)
+{
+    v->code = trellis_of(v->w);
+    v->one_by_one = v->product->n <= (in_tiles ? smaller(2, ONE_BY_ONE) : ONE_BY_ONE);
+    v->count = v->w->in_features;
+    v->width = trellis_width(v->one_by_one);
+    v->spans = v->code.spans;
+}
+
 static view view_of(const pllm_product *p, int in_tiles)
 {
-    const pllm_matrix *const w = p->w;
-    const pllm_codec *const c = w->codec;
     const ptrdiff_t tokens = p->n;
-    const ptrdiff_t count = (w->in_features + c->d - 1) / c->d;
-    view v = {.product = p, .w = w, .table = plan_rows(c, w->out_features * count, tokens, in_tiles)};
-    v.functions = functions_for(&v.table);
+    view v = {.product = p, .w = p->w};
+    if (p->w->codec->trellis)
+        view_trellis(&v, in_tiles);
+    else
+        view_table(&v, in_tiles);
     v.tokens = panels_for(tokens);
-    v.in_tiles = in_tiles && !v.table.one_by_one;
+    v.in_tiles = in_tiles && !v.one_by_one;
     if (is_few(&v))
         v.tokens = (panels){tokens, 1, tokens};
-    v.count = ((count - 1) >> v.table.pairing) + 1;
-    v.row_stride_bytes = pllm_row_stride_bytes(count, c->index_bits);
-    v.tail = w->out_features - smaller(w->out_features, OCTET_BYTES / v.row_stride_bytes + 1);
-    v.span = smaller(SPAN_VALUES / v.table.d / OCTET * OCTET, round_up(v.count, OCTET));
-    v.width = round_up(span_width(&v.table, v.span), v.in_tiles ? 64 : 1);
-    v.spans = (v.count + v.span - 1) / v.span;
+    v.width = round_up(v.width, v.in_tiles ? 64 : 1);
     return v;
 }
 
@@ -115,21 +139,51 @@ static float quantise(const float *x, int bytes, quantised_span *q)
     return largest / (float)LARGEST;
 }
 
+/* Columns of span s, and where they start. */
+static ptrdiff_t span_columns(const view *v, ptrdiff_t s, ptrdiff_t *first)
+{
+    if (v->code.code) {
+        *first = v->code.span[s].first;
+        return v->code.span[s].columns;
+    }
+    const ptrdiff_t values = v->span * v->table.d;
+    *first = s * values;
+    return smaller(values, v->w->in_features - *first);
+}
+
+/* `count` values of a token: of the columns that are stored from `first` on, with their factors. */
+static const float *stored_input(const view *v, ptrdiff_t token, ptrdiff_t first, ptrdiff_t count, float *buffer)
+{
+    const pllm_trellis *const code = v->code.code;
+    if (!code || !(code->order || code->factor))
+        return input_of(v->product, token, first, count, buffer);
+    for (ptrdiff_t i = 0; i < count; i++) {
+        float value;
+        const float x = *input_of(v->product, token, code->order ? code->order[first + i] : first + i, 1, &value);
+        buffer[i] = code->factor ? x * code->factor[first + i] : x;
+    }
+    return buffer;
+}
+
 /* target (width) = token t's span s, laid out. Returns its scale. */
 static float quantise_span(const view *v, ptrdiff_t t, ptrdiff_t s, int16_t *target)
 {
-    const ptrdiff_t values = v->span * v->table.d, here = smaller(values, v->w->in_features - s * values);
+    ptrdiff_t first;
+    const ptrdiff_t here = span_columns(v, s, &first);
     float padded[SPAN_VALUES];
     quantised_span q;
-    const float *x = input_of(v->product, t, s * values, here, padded);
+    const float *x = stored_input(v, t, first, here, padded);
     if (here < SPAN_VALUES) {
         if (x != padded)
             memcpy(padded, x, (size_t)here * sizeof *x);
         memset(padded + here, 0, (size_t)(SPAN_VALUES - here) * sizeof *x);
         x = padded;
     }
-    const float scale = quantise(x, has_byte_activations(v->w->codec), &q);
-    arrange(&v->table, v->span, &q, target);
+    const float scale = quantise(x, v->code.code || has_byte_activations(v->w->codec), &q);
+    if (v->code.code)
+        trellis_arrange(v->one_by_one, &q, target);
+    else
+        arrange(&v->table, v->span, &q, target);
     return scale;
 }
 
@@ -177,6 +231,22 @@ static ptrdiff_t octets_of(const view *v, ptrdiff_t s)
 
 /* ---- tokens one by one ---------------------------------------------------------------------- */
 
+/* dot = the products of the rows first..end-1 with token t. */
+static void dot_with_token(const view *v, ptrdiff_t first, ptrdiff_t end, ptrdiff_t t, float *dot)
+{
+    const ptrdiff_t at = t * v->spans;
+    token_spans token = {.x = v->x + at * v->width, .scale = v->x_scale + at, .width = v->width, .spans = v->spans};
+#if defined(PLLM_ISA_AVX2) || defined(PLLM_ISA_AVX512)
+    if (v->code.code) {
+        trellis_dot(&v->code, first, end - first, &token, dot);
+        return;
+    }
+#endif
+    token.octets = octets_of(v, 0);
+    token.last_octets = octets_of(v, v->spans - 1);
+    v->functions.dot(&v->table, row_source(v, first), v->row_stride_bytes, end - first, &token, dot);
+}
+
 /* y of the rows first..end-1, if any, at most ROWS_ALONE: none or all of them from the tail on. */
 static void multiply_rows(const view *v, ptrdiff_t first, ptrdiff_t end)
 {
@@ -184,10 +254,7 @@ static void multiply_rows(const view *v, ptrdiff_t first, ptrdiff_t end)
     const float *const bias = v->product->bias;
     float dot[ROWS_ALONE];
     for (ptrdiff_t t = 0; t < v->tokens.tokens && first < end; t++) {
-        const ptrdiff_t at = t * v->spans;
-        const token_spans token = {v->x + at * v->width, v->x_scale + at, v->width, v->spans,
-                                   octets_of(v, 0), octets_of(v, v->spans - 1)};
-        v->functions.dot(&v->table, row_source(v, first), v->row_stride_bytes, end - first, &token, dot);
+        dot_with_token(v, first, end, t, dot);
         for (ptrdiff_t r = first; r < end; r++)
             dot[r - first] = finish_product(w, r, w->codec->table_scale, dot[r - first], v->x_sum[t],
                                             bias ? bias[r] : 0.0f);
@@ -203,7 +270,7 @@ static void multiply_one_by_one(const view *v, int threads)
     for (ptrdiff_t begin = 0; begin < out; begin += ROWS_ALONE)
         for (ptrdiff_t first = begin; first < smaller(begin + ROWS_ALONE, out); first += step) {
             const ptrdiff_t end = smaller(first + step, out);
-            const ptrdiff_t tail = first < v->tail ? smaller(end, v->tail) : first;
+            const ptrdiff_t tail = v->code.code ? end : first < v->tail ? smaller(end, v->tail) : first;
             multiply_rows(v, first, tail);
             multiply_rows(v, tail, end);
         }
@@ -211,13 +278,18 @@ static void multiply_one_by_one(const view *v, int threads)
 
 /* ---- several tokens -------------------------------------------------------------------------- */
 
-/* target (height, width) = span s of the rows from `first` on; the last row again behind the end. */
+/* target (height, width) = span s of the rows from `first` on; behind the end the last row again, or what is there. */
 static void decode_tile(const view *v, ptrdiff_t first, ptrdiff_t height, ptrdiff_t s, int16_t *target)
 {
+    const ptrdiff_t last = v->w->out_features - 1;
+    if (v->code.code) {
+        trellis_decode(&v->code, first, smaller(first + height, last + 1), s, target, v->width);
+        return;
+    }
     const ptrdiff_t bytes = v->span / OCTET * v->table.bits;
     for (ptrdiff_t r = 0; r < height; r++)
-        v->functions.decode(&v->table, row_source(v, smaller(first + r, v->w->out_features - 1)) + s * bytes,
-                            octets_of(v, s), target + r * v->width);
+        v->functions.decode(&v->table, row_source(v, smaller(first + r, last)) + s * bytes, octets_of(v, s),
+                            target + r * v->width);
 }
 
 /* y of `rows` rows from `first` on, few tokens.
@@ -292,30 +364,45 @@ static int multiply_several(const view *v, int threads)
 
 /* ---- the whole ------------------------------------------------------------------------------- */
 
-/* Places the call's arrays in memory, or only counts its bytes when that is NULL. */
-static size_t place(view *v, char *memory)
+/* What is made of the codec: its table, and rows near the payload's end. Placed in memory, a multiple of 64 bytes, or
+ * only counted when that is NULL. */
+static size_t place_codec(view *v, char *memory)
 {
+    if (v->code.code) {
+        if (memory)
+            trellis_place(&v->code, memory);
+        return trellis_bytes(&v->code);
+    }
     const size_t table = (size_t)round_up((ptrdiff_t)row_table_bytes(&v->table, v->w->codec), 64);
-    const size_t n = (size_t)v->tokens.width, spans = (size_t)v->spans;
-    const size_t x = n * spans * (size_t)v->width * sizeof(int16_t);
-    const size_t scales = n * spans * sizeof(float), sums = n * sizeof(float);
     const size_t tail = (size_t)((v->w->out_features - v->tail) * v->row_stride_bytes);
     if (memory) {
         make_rows(&v->table, v->w->codec, memory);
-        v->x = (int16_t *)(void *)(memory + table);
-        v->x_scale = (float *)(void *)(memory + table + x);
-        v->x_sum = v->x_scale + n * spans;
-        v->tail_rows = (uint8_t *)(v->x_sum + n);
+        v->tail_rows = (uint8_t *)(memory + table);
         memcpy(v->tail_rows, v->w->packed + v->tail * v->row_stride_bytes, tail);
         memset(v->tail_rows + tail, 0, OCTET_BYTES);
     }
-    return table + x + scales + sums + tail + OCTET_BYTES;
+    return table + (size_t)round_up((ptrdiff_t)tail + OCTET_BYTES, 64);
+}
+
+/* Places the call's arrays in memory, or only counts its bytes when that is NULL. */
+static size_t place(view *v, char *memory)
+{
+    const size_t codec = place_codec(v, memory);
+    const size_t n = (size_t)v->tokens.width, spans = (size_t)v->spans;
+    const size_t x = n * spans * (size_t)v->width * sizeof(int16_t);
+    const size_t scales = n * spans * sizeof(float), sums = n * sizeof(float);
+    if (memory) {
+        v->x = (int16_t *)(void *)(memory + codec);
+        v->x_scale = (float *)(void *)(memory + codec + x);
+        v->x_sum = v->x_scale + n * spans;
+    }
+    return codec + x + scales + sums;
 }
 
 int PLLM_SYM(infer_multiply_integer)(const pllm_product *p, int in_tiles, int threads)
 {
     view v = view_of(p, in_tiles);
-    const ptrdiff_t work = p->w->out_features * v.count * (1 + v.table.d * p->n / 32);
+    const ptrdiff_t work = p->w->out_features * v.count * (1 + (v.code.code ? 1 : v.table.d) * p->n / 32);
     const int used = (int)smaller(threads, 1 + work / WORK_PER_THREAD);
     char *const memory = pllm_alloc(place(&v, NULL));
     int status = PLLM_OK;
@@ -335,7 +422,7 @@ int PLLM_SYM(infer_multiply_integer)(const pllm_product *p, int in_tiles, int th
         for (ptrdiff_t i = 0; i < v.tokens.count; i++)
             quantise_panel(&v, i);
     }
-    if (v.table.one_by_one)
+    if (v.one_by_one)
         multiply_one_by_one(&v, used);
 #if defined(PLLM_ISA_AVX512)
     else if (v.in_tiles)

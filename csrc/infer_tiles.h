@@ -60,8 +60,11 @@ static void put_tiles(const token_bytes *bytes, ptrdiff_t width, uint8_t *tiles)
 PLLM_INLINE void ask_for_input(const view *v, ptrdiff_t token, ptrdiff_t s)
 {
     const pllm_product *const p = v->product;
-    const ptrdiff_t values = v->span * v->table.d, size = p->number == PLLM_FLOAT32 ? 4 : 2;
-    ask_ahead(p->x, (token * v->w->in_features + s * values) * size, values * size);
+    const ptrdiff_t size = p->number == PLLM_FLOAT32 ? 4 : 2;
+    ptrdiff_t first;
+    const ptrdiff_t columns = span_columns(v, s, &first);
+    if (!v->code.code || !v->code.code->order)
+        ask_ahead(p->x, (token * v->w->in_features + first) * size, columns * size);
 }
 
 /* Zeros where there is no token. */
@@ -97,29 +100,45 @@ typedef struct {
  * next span, or the next block's. */
 PLLM_INLINE void ask_for_indices(const view *v, const tile_block *b, ptrdiff_t r, ptrdiff_t s)
 {
-    const ptrdiff_t bytes = v->span / OCTET * v->table.bits;
     r += ROWS_AHEAD;
     if (r >= b->first + b->rows) {
         r -= s + 1 < v->spans ? b->rows : 0;
         s = s + 1 < v->spans ? s + 1 : 0;
     }
-    const uint8_t *const source = row_source(v, smaller(r, v->w->out_features - 1)) + s * bytes;
+    r = smaller(r, v->w->out_features - 1);
+    if (v->code.code) {
+        trellis_ask(&v->code, r, s);
+        return;
+    }
+    const ptrdiff_t bytes = v->span / OCTET * v->table.bits;
+    const uint8_t *const source = row_source(v, r) + s * bytes;
     ask_ahead(source, 0, bytes);
     ask_ahead(source, bytes - 1, 1); /* where it ends, in another line */
 }
 
-/* w (width / STEP, PAIR_ROWS, STEP) = span s of the block's rows from `first` on, where there are any.
- * row (width): zeros behind what is decoded. */
+/* w (width / STEP, PAIR_ROWS, STEP) = span s of row r, its place in the pair. row (width): zeros behind what is
+ * decoded. */
+static void decode_row(const view *v, ptrdiff_t r, ptrdiff_t s, int8_t *row, int8_t *w)
+{
+    if (v->code.code) {
+        trellis_decode_bytes(&v->code, r, v->code.span + s, w, PAIR_ROWS * STEP);
+        return;
+    }
+    const int at_once = is_in_chunks(&v->table); /* else through `row` */
+    const ptrdiff_t bytes = v->span / OCTET * v->table.bits;
+    bytes_decoder_for(&v->table)(&v->table, row_source(v, r) + s * bytes, octets_of(v, s), at_once ? w : row,
+                                 PAIR_ROWS * STEP);
+    for (ptrdiff_t i = 0; i < v->width && !at_once; i += STEP)
+        memcpy(w + i * PAIR_ROWS, row + i, STEP);
+}
+
+/* The same of the block's rows from `first` on, where there are any. */
 static void decode_pair(const view *v, const tile_block *b, ptrdiff_t first, ptrdiff_t s, int8_t *row, int8_t *w)
 {
-    decode_bytes_fn *const decode = bytes_decoder_for(&v->table);
-    const int at_once = is_in_chunks(&v->table); /* else through `row` */
-    const ptrdiff_t bytes = v->span / OCTET * v->table.bits, end = smaller(first + PAIR_ROWS, v->w->out_features);
+    const ptrdiff_t end = smaller(first + PAIR_ROWS, v->w->out_features);
     for (ptrdiff_t r = first; r < end; r++, w += STEP) {
         ask_for_indices(v, b, r, s);
-        decode(&v->table, row_source(v, r) + s * bytes, octets_of(v, s), at_once ? w : row, PAIR_ROWS * STEP);
-        for (ptrdiff_t i = 0; i < v->width && !at_once; i += STEP)
-            memcpy(w + i * PAIR_ROWS, row + i, STEP);
+        decode_row(v, r, s, row, w);
         if (r % 4 == 3)
             TILE_DOT_SIGNED(0, 4, 6); /* for nothing: tiles that rest for long wake up slowly */
     }
@@ -265,7 +284,7 @@ static void finish_block(const view *v, const tile_block *b, const float *dot)
 static ptrdiff_t block_rows(const view *v, int threads)
 {
     const ptrdiff_t share = round_up(v->w->out_features / (4 * threads), PAIR_ROWS);
-    return share == 0 || (is_near(v) && has_planes(&v->table)) ? PAIR_ROWS : smaller(share, BLOCK_ROWS);
+    return share == 0 || (is_near(v) && (v->code.code || has_planes(&v->table))) ? PAIR_ROWS : smaller(share, BLOCK_ROWS);
 }
 
 static int multiply_in_tiles(const view *v, int threads)

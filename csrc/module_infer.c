@@ -8,7 +8,9 @@
 typedef struct {
     pllm_matrix matrix;
     pllm_codec codec;
+    pllm_trellis trellis;
     PyArrayObject *packed, *table, *decoder, *scale, *shift;
+    PyArrayObject *block_bits, *magnitude, *order, *factor; /* of a trellis */
 } matrix_args;
 
 static void release(matrix_args *m)
@@ -18,6 +20,10 @@ static void release(matrix_args *m)
     Py_XDECREF(m->decoder);
     Py_XDECREF(m->scale);
     Py_XDECREF(m->shift);
+    Py_XDECREF(m->block_bits);
+    Py_XDECREF(m->magnitude);
+    Py_XDECREF(m->order);
+    Py_XDECREF(m->factor);
 }
 
 /* codec: kernels.CodecView, (subvector, codewords, index_bits, table, table_scale, decoder | None,
@@ -67,20 +73,70 @@ static int take_codec(matrix_args *m, PyObject *codec_obj)
     return 1;
 }
 
+/* Are all bits in range, never rising? If not, ValueError is set. */
+static int bits_are_good(const uint8_t *bits, npy_intp blocks, int extra)
+{
+    for (npy_intp b = 0; b < blocks; b++)
+        if (!pllm_in_range("codec.block_bits: bits of a block", bits[b], 0,
+                           b ? bits[b - 1] : PLLM_TRELLIS_BITS - (extra > 0)))
+            return 0;
+    return 1;
+}
+
+/* codec: kernels.TrellisView, (block_bits, extra, magnitude, order | None, factor | None). Returns 1, or 0 with an
+ * exception set. */
+static int take_trellis(matrix_args *m, PyObject *codec_obj, npy_intp in_features)
+{
+    PyObject *bits_obj, *magnitude_obj, *order_obj, *factor_obj;
+    pllm_trellis *const t = &m->trellis;
+    const npy_intp blocks = (in_features + PLLM_TRELLIS_BLOCK - 1) / PLLM_TRELLIS_BLOCK;
+    const npy_intp magnitudes = PLLM_TRELLIS_TABLE;
+    if (!PyArg_ParseTuple(codec_obj, "OiOOO;codec: want a TrellisView", &bits_obj, &t->extra, &magnitude_obj,
+                          &order_obj, &factor_obj) ||
+        !pllm_in_range("codec.extra", t->extra, 0, 3) ||
+        !pllm_take(&m->block_bits, bits_obj, "codec.block_bits", NPY_UINT8, 1, &blocks, "") ||
+        !bits_are_good(pllm_data(m->block_bits), blocks, t->extra) ||
+        !pllm_take(&m->magnitude, magnitude_obj, "codec.magnitude", NPY_INT8, 1, &magnitudes, "") ||
+        !pllm_take_optional(&m->order, order_obj, "codec.order", NPY_INT32, 1, &in_features, "") ||
+        !pllm_take_optional(&m->factor, factor_obj, "codec.factor", NPY_FLOAT32, 1, &in_features, ""))
+        return 0;
+    t->block_bits = pllm_data(m->block_bits);
+    t->magnitude = pllm_data(m->magnitude);
+    t->order = pllm_data(m->order);
+    t->factor = pllm_data(m->factor);
+    for (int i = 0; i < PLLM_TRELLIS_TABLE; i++)
+        if (!pllm_in_range("codec.magnitude: a magnitude", t->magnitude[i], 0, INT8_MAX))
+            return 0;
+    for (npy_intp i = 0; t->order && i < in_features; i++)
+        if (!pllm_in_range("codec.order: a column", t->order[i], 0, in_features - 1))
+            return 0;
+    m->codec = (pllm_codec){.d = 1, .k = 1, .index_bits = 1, .table_scale = 1.0f, .trellis = t};
+    return 1;
+}
+
+/* Bytes of `out_features` rows; -1 where that is more than memory may have. */
+static npy_intp payload_bytes(const matrix_args *m, npy_intp out_features, npy_intp in_features)
+{
+    const npy_intp count = (in_features + m->codec.d - 1) / m->codec.d;
+    const npy_intp stride = m->codec.trellis ? PLLM_TRELLIS_BITS * ((in_features + 7) / 8)
+                                             : pllm_row_stride_bytes(count, m->codec.index_bits);
+    if (!pllm_in_range("out_features", out_features, 0, PY_SSIZE_T_MAX / 64 / stride))
+        return -1;
+    return m->codec.trellis ? pllm_trellis_offset(&m->trellis, in_features, out_features) : out_features * stride;
+}
+
 /* Fills *m, which must be zero. Returns 1, or 0 with an exception set; release(m) in both cases. */
 static int take_matrix(matrix_args *m, PyObject *packed_obj, npy_intp out_features,
                        npy_intp in_features, PyObject *codec_obj, PyObject *scale_obj,
                        PyObject *shift_obj)
 {
-    if (!take_codec(m, codec_obj) ||
-        !pllm_in_range("in_features", in_features, 1, PY_SSIZE_T_MAX / 64))
+    enum { TRELLIS_PARTS = 5 };
+    const int is_trellis = PyTuple_Check(codec_obj) && PyTuple_Size(codec_obj) == TRELLIS_PARTS;
+    if (!pllm_in_range("in_features", in_features, 1, INT32_MAX) ||
+        !(is_trellis ? take_trellis(m, codec_obj, in_features) : take_codec(m, codec_obj)))
         return 0;
-    const npy_intp count = (in_features + m->codec.d - 1) / m->codec.d;
-    const npy_intp stride = pllm_row_stride_bytes(count, m->codec.index_bits);
-    if (!pllm_in_range("out_features", out_features, 0, PY_SSIZE_T_MAX / 64 / stride))
-        return 0;
-    const npy_intp bytes = out_features * stride;
-    if (!pllm_take(&m->packed, packed_obj, "packed", NPY_UINT8, 1, &bytes, "") ||
+    const npy_intp bytes = payload_bytes(m, out_features, in_features);
+    if (bytes < 0 || !pllm_take(&m->packed, packed_obj, "packed", NPY_UINT8, 1, &bytes, "") ||
         !pllm_take(&m->scale, scale_obj, "scale", NPY_FLOAT32, 1, &out_features, "") ||
         !pllm_take_optional(&m->shift, shift_obj, "shift", NPY_FLOAT32, 1, &out_features, ""))
         return 0;

@@ -244,12 +244,34 @@ class CodecView(NamedTuple):
     norm: str = "input"
 
 
+class TrellisView(NamedTuple):
+    """How a matrix in trellis codes is stored (docs/FORMAT.md); takes the place of a CodecView.
+
+    Attributes:
+        block_bits: uint8 (ceil(in_features / 128),), bits of a weight in each 128 stored columns,
+            0..6, never rising.
+        extra: of every four rows so many have a bit more, 0..3; then block_bits end at 5.
+        magnitude: int8 (252,), none negative: 4, 8, 16, ... 128 of 1 to 6 bits.
+        order: int32 (in_features,), the column of W that stands i-th, or None: in order.
+        factor: (in_features,) what values of the i-th stored column are multiplied by, or None.
+    """
+
+    block_bits: Bytes
+    extra: int
+    magnitude: NDArray[np.int8]
+    order: Ints | None = None
+    factor: Floats | None = None
+
+
+AnyView = CodecView | TrellisView
+
+
 def decode_rows(
     packed: Bytes,
     in_features: int,
     first_row: int,
     row_count: int,
-    codec: CodecView,
+    codec: AnyView,
     scale: Floats,
     shift: Floats | None = None,
     out: Floats | None = None,
@@ -283,7 +305,7 @@ def decode_row_list(
     packed: Bytes,
     in_features: int,
     row_index: NDArray[np.int64],
-    codec: CodecView,
+    codec: AnyView,
     scale: Floats,
     shift: Floats | None = None,
 ) -> Floats:
@@ -301,7 +323,7 @@ def matmul(
     x: Floats,
     packed: Bytes,
     out_features: int,
-    codec: CodecView,
+    codec: AnyView,
     scale: Floats,
     shift: Floats | None = None,
     bias: Floats | None = None,
@@ -338,7 +360,7 @@ def matmul(
 
 
 def hold_matrix(
-    packed: Bytes, in_features: int, codec: CodecView, scale: Floats, shift: Floats | None = None
+    packed: Bytes, in_features: int, codec: AnyView, scale: Floats, shift: Floats | None = None
 ) -> object:
     """A compressed matrix checked once, for :func:`matmul_at`. Keeps its arrays alive.
 

@@ -1,6 +1,7 @@
 /* test_kernels.c - runs every family's checks on every instruction set this machine has. */
 #include "check.h"
 
+void test_coded(const pllm_kernels *k);
 void test_feedback(const pllm_kernels *k);
 void test_infer(const pllm_kernels *k);
 void test_layer(const pllm_kernels *k);
@@ -15,6 +16,7 @@ static const struct {
     const char *name;
     void (*run)(const pllm_kernels *k);
 } families[] = {
+    {"coded", test_coded},
     {"feedback", test_feedback},
     {"infer", test_infer},
     {"layer", test_layer},
@@ -77,7 +79,7 @@ const pllm_kernels *scalar_kernels(void) { return pllm_isa_at(0); }
 /* AMX differs from AVX-512 in products alone. */
 static int is_tested(const char *isa, const char *family)
 {
-    return strcmp(isa, "amx") != 0 || strcmp(family, "infer") == 0;
+    return strcmp(isa, "amx") != 0 || strcmp(family, "infer") == 0 || strcmp(family, "coded") == 0;
 }
 
 /* Usage: test_kernels [family] [seed] [instruction sets] */

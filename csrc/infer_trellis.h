@@ -1,0 +1,273 @@
+/* infer_trellis.h - matrices in trellis codes times activations as bytes: how these are laid out for a step, and
+ * products with one token. Included by infer_int.c only, behind infer_rows.h. */
+#ifndef PLLM_INFER_TRELLIS_H
+#define PLLM_INFER_TRELLIS_H
+
+#include "infer_rows.h"
+#include "trellis.h"
+
+#if defined(PLLM_ISA_AVX2)
+enum {
+    X_VECTORS = 1 + 8 + 8, /* of a step: multipliers, activations, and their magnitudes */
+    ONE_BY_ONE = 2         /* the most tokens that are multiplied one by one: measured */
+};
+#elif defined(PLLM_ISA_AVX512)
+enum { X_VECTORS = 1 + 8, ONE_BY_ONE = 3 };
+#else
+enum { X_VECTORS = 0, ONE_BY_ONE = 0 };
+#endif
+
+/* Values of a span as laid out for the products, for tokens one by one or together. */
+static ptrdiff_t trellis_width(int one_by_one)
+{
+    const ptrdiff_t steps = TRELLIS_SPAN / TRELLIS_STEP;
+#if defined(PLLM_ISA_AVX512)
+    if (one_by_one)
+        return (steps * X_VECTORS * VB_WIDTH) / (ptrdiff_t)sizeof(int16_t) + HALF_CHUNK;
+#endif
+    return one_by_one ? steps * X_VECTORS * VB_WIDTH / (ptrdiff_t)sizeof(int16_t) : TRELLIS_SPAN;
+}
+
+#if defined(PLLM_ISA_AVX512)
+/* A byte of a plane is like an index of a table of eight values: what is laid out for those serves here. */
+static void trellis_arrange(int one_by_one, const quantised_span *q, int16_t *target)
+{
+    static const row_table eight = {.d = 8};
+    if (one_by_one) {
+        arrange_bytes(&eight, VB_WIDTH, q, target);
+        return;
+    }
+    int16_t x[SPAN_VALUES];
+    join_multipliers(q, SPAN_VALUES, x);
+    order_by_planes(x, VB_WIDTH, 8, target);
+}
+#else
+#if defined(PLLM_ISA_AVX2)
+/* target: for each step its multipliers, of each pair of bytes, then the bytes, and their magnitudes. */
+static void trellis_arrange_bytes(const quantised_span *q, int16_t *target)
+{
+    int8_t *bytes = (int8_t *)target;
+    for (ptrdiff_t at = 0; at < SPAN_VALUES; at += TRELLIS_STEP, bytes += X_VECTORS * VB_WIDTH) {
+        int16_t multipliers[VB_WIDTH / 2];
+        for (int i = 0; i < VB_WIDTH / 2; i++)
+            multipliers[i] = q->multiplier[(at + 16 * i) / BLOCK];
+        memcpy(bytes, multipliers, sizeof multipliers);
+        for (int j = 0; j < 8; j++) {
+            int8_t *const here = bytes + (1 + j) * VB_WIDTH;
+            for (int i = 0; i < VB_WIDTH; i++)
+                here[i] = (int8_t)q->value[at + 8 * i + j];
+            vb_store(here + 8 * VB_WIDTH, _mm256_abs_epi8(vb_load(here)));
+        }
+    }
+}
+#endif
+
+/* target (trellis_width) = the activations of a span in the order of a step's values. */
+static void trellis_arrange(int one_by_one, const quantised_span *q, int16_t *target)
+{
+    int16_t x[SPAN_VALUES];
+#if defined(PLLM_ISA_AVX2)
+    if (one_by_one) {
+        trellis_arrange_bytes(q, target);
+        return;
+    }
+#endif
+    (void)one_by_one;
+    join_multipliers(q, SPAN_VALUES, x);
+    for (ptrdiff_t at = 0; at < SPAN_VALUES; at += TRELLIS_STEP)
+        for (int j = 0; j < 8; j++, target += VB_WIDTH)
+            for (int i = 0; i < VB_WIDTH; i++)
+                target[i] = x[at + 8 * vb_place(i) + j];
+}
+#endif
+
+/* ---- several tokens ---------------------------------------------------------------------------- */
+
+#define TRELLIS_WORDS(B) \
+    static void trellis_words_##B(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start, \
+                                  const trellis_span *span, int16_t *target) \
+    { \
+        trellis_words_of(tables, rows, start, span, B, target); \
+    }
+EACH_TRELLIS_BITS(TRELLIS_WORDS)
+#undef TRELLIS_WORDS
+
+typedef void trellis_words_fn(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start,
+                              const trellis_span *span, int16_t *target);
+#define TRELLIS_ENTRY(B) trellis_words_##B,
+static trellis_words_fn *const trellis_words_functions[] = {EACH_TRELLIS_BITS(TRELLIS_ENTRY)};
+#undef TRELLIS_ENTRY
+
+/* Asks for the bits that are `ahead` bytes behind those of a span in each plane. */
+PLLM_INLINE void trellis_ask_ahead(const uint8_t *row, const ptrdiff_t *start, const trellis_span *span, int bits,
+                                   ptrdiff_t ahead)
+{
+    for (int p = 0; p < bits; p++)
+        ask_ahead(row, start[p] + span->first / 8 + ahead, 1);
+}
+
+/* target (rows, width) = span s of the rows first..end-1 in the order of trellis_arrange; nothing meaningful behind its
+ * steps. The span behind it is asked for. */
+static void trellis_decode(const trellis *t, ptrdiff_t first, ptrdiff_t end, ptrdiff_t s, int16_t *target,
+                           ptrdiff_t width)
+{
+    const trellis_span *const span = t->span + s;
+    for (ptrdiff_t row = first, next; row < end; row = next) {
+        const uint8_t *rows[TRELLIS_GROUP_ROWS];
+        next = smaller(trellis_group(row) + TRELLIS_GROUP, end);
+        trellis_history(t, next - 1, next - row, rows);
+        for (ptrdiff_t r = row; r < next; r++, target += width) {
+            const uint8_t *const *const here = rows + (next - 1 - r);
+            const int more = pllm_trellis_more(t->code, r), bits = span->bits + more;
+            trellis_ask_ahead(*here, t->start[more], span, bits, CACHE_LINE);
+            trellis_words_functions[bits - 1](t->table, here, t->start[more], span, target);
+        }
+    }
+}
+
+#if defined(PLLM_ISA_AVX512)
+/* Asks for the bits of span s of a row. */
+PLLM_INLINE void trellis_ask(const trellis *t, ptrdiff_t row, ptrdiff_t s)
+{
+    const trellis_span *const span = t->span + s;
+    const int more = pllm_trellis_more(t->code, row);
+    const uint8_t *const source = trellis_row(t, row) + span->first / 8;
+    for (int p = 0; p < span->bits + more; p++)
+        ask_ahead(source, t->start[more][p], span->columns / 8);
+}
+#endif
+
+/* ---- one token --------------------------------------------------------------------------------- */
+
+#if defined(PLLM_ISA_AVX2)
+/* sum + the products of a step, in lanes. A product of bytes is that of an unsigned with a signed one: of a magnitude
+ * with what got its sign. */
+PLLM_INLINE __m256i trellis_products(const trellis_values *v, const int bits, const int8_t *x, __m256i sum)
+{
+    const __m256i multiplier = vb_load(x);
+    __m256i signs = vb_or(v->sign, vb_set1(1)); /* of bit 7, and by doubling of those below, but for bit 0 */
+    PLLM_UNROLL
+    for (int j = 7; j >= 0; j--) {
+        const int8_t *const here = x + (1 + j) * VB_WIDTH;
+        __m256i products;
+        if (bits <= SIGNED_BITS)
+            products = _mm256_maddubs_epi16(vb_load(here + 8 * VB_WIDTH), _mm256_sign_epi8(v->value[j], vb_load(here)));
+        else if (j == 0)
+            products = _mm256_maddubs_epi16(v->value[j], vb_negate(vb_load(here), vb_left(v->sign, 7)));
+        else
+            products = _mm256_maddubs_epi16(v->value[j], _mm256_sign_epi8(vb_load(here), signs));
+        signs = _mm256_add_epi8(signs, signs);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, multiplier));
+    }
+    return sum;
+}
+
+/* The products of a span of a row with what is laid out of a token, in lanes. */
+PLLM_INLINE __m256i trellis_dot_span(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start,
+                                     const trellis_span *span, const int bits, const int16_t *x)
+{
+    const int8_t *bytes = (const int8_t *)x;
+    __m256i sum = _mm256_setzero_si256();
+    for (ptrdiff_t i = 0; i < trellis_steps(span); i++, bytes += X_VECTORS * VB_WIDTH) {
+        trellis_values v;
+        trellis_step(tables, rows, start, span->first / 8 + i * VB_WIDTH, bits, &v);
+        sum = trellis_products(&v, bits, bytes, sum);
+    }
+    return sum;
+}
+#elif defined(PLLM_ISA_AVX512)
+/* The same; see infer_rows_avx512.h for what values are raised by. A lane's four bytes of each vector are of one
+ * block. */
+PLLM_INLINE __m512i trellis_dot_span(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start,
+                                     const trellis_span *span, const int bits, const int16_t *x)
+{
+    const uint8_t *const bytes = (const uint8_t *)x;
+    __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    trellis_values v;
+    trellis_step(tables, rows, start, span->first / 8, bits, &v);
+    PLLM_UNROLL
+    for (int j = 0; j < 8; j++) {
+        const __m512i raised = vb_xor(STEP_VALUE(&v, bits, j), vb_set1(128));
+        sum[j % 2] = vi_dot_bytes(sum[j % 2], raised, vb_load(bytes + (1 + j) * VB_WIDTH));
+    }
+    return _mm512_mullo_epi32(_mm512_add_epi32(sum[0], sum[1]), vb_load(bytes));
+}
+#endif
+
+#if defined(PLLM_ISA_AVX2) || defined(PLLM_ISA_AVX512)
+/* A row of a matrix, and which of the DOT_TOGETHER it is. */
+typedef struct {
+    const int8_t *tables;
+    const uint8_t *const *rows; /* trellis_history's */
+    const ptrdiff_t *start;
+    int which;
+} trellis_one_row;
+
+/* products (n) of a row with a token's spans, all of the same bits. x: of the first. */
+PLLM_INLINE void trellis_dot_spans(const trellis_one_row *row, const trellis_span *span, ptrdiff_t n, const int bits,
+                                   const int16_t *x, ptrdiff_t width, row_products *products)
+{
+    for (ptrdiff_t s = 0; s < n; s++, span++, x += width) {
+        trellis_ask_ahead(row->rows[0], row->start, span, bits, AHEAD);
+        products[s][row->which] = trellis_dot_span(row->tables, row->rows, row->start, span, bits, x);
+    }
+}
+
+#define TRELLIS_DOT(B) \
+    static void trellis_dot_##B(const trellis_one_row *row, const trellis_span *span, ptrdiff_t n, const int16_t *x, \
+                                ptrdiff_t width, row_products *products) \
+    { \
+        trellis_dot_spans(row, span, n, B, x, width, products); \
+    }
+EACH_TRELLIS_BITS(TRELLIS_DOT)
+#undef TRELLIS_DOT
+
+typedef void trellis_dot_fn(const trellis_one_row *row, const trellis_span *span, ptrdiff_t n, const int16_t *x,
+                            ptrdiff_t width, row_products *products);
+#define TRELLIS_ENTRY(B) trellis_dot_##B,
+static trellis_dot_fn *const trellis_dot_functions[] = {EACH_TRELLIS_BITS(TRELLIS_ENTRY)};
+#undef TRELLIS_ENTRY
+
+/* products (n) of a row with a token's spans from `first` on. rows: trellis_history's. */
+static void trellis_dot_row(const trellis *t, const uint8_t *const *rows, int more, int which, ptrdiff_t first,
+                            ptrdiff_t n, const token_spans *token, row_products *products)
+{
+    const trellis_one_row one = {t->table, rows, t->start[more], which};
+    for (ptrdiff_t s = 0, end; s < n; s = end) {
+        const trellis_span *const span = t->span + first + s;
+        for (end = s + 1; end < n && t->span[first + end].bits == span->bits;)
+            end++;
+        trellis_dot_functions[span->bits + more - 1](&one, span, end - s, token->x + (first + s) * token->width,
+                                                     token->width, products + s);
+    }
+}
+
+/* dot (count rounded up to DOT_TOGETHER) = the products of `count` rows from `row` on, a multiple of DOT_TOGETHER, with
+ * the token. */
+static void trellis_dot(const trellis *t, ptrdiff_t row, ptrdiff_t count, const token_spans *token, float *dot)
+{
+    for (ptrdiff_t r = 0; r < count; r += DOT_TOGETHER) {
+        const ptrdiff_t last = smaller(DOT_TOGETHER, count - r) - 1;
+        const uint8_t *rows[TRELLIS_GROUP_ROWS];
+        __m128 total = _mm_setzero_ps();
+        trellis_history(t, row + r + last, last + 1, rows);
+        for (ptrdiff_t first = 0; first < t->spans; first += SPANS_TOGETHER) {
+            const ptrdiff_t n = smaller(SPANS_TOGETHER, t->spans - first);
+            row_products products[SPANS_TOGETHER];
+            for (int i = 0; i < DOT_TOGETHER; i++) { /* behind the end the last row again */
+                const ptrdiff_t at = smaller(i, last);
+                trellis_dot_row(t, rows + (last - at), pllm_trellis_more(t->code, row + r + at), i, first, n, token,
+                                products);
+            }
+#if defined(PLLM_ISA_AVX512)
+            total = add_spans(total, products, token, first, n);
+#else
+            total = add_spans(total, products, token->scale + first, n);
+#endif
+        }
+        _mm_storeu_ps(dot + r, total);
+    }
+}
+#endif
+
+#endif
