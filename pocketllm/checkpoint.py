@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import rowcode, schema
+from . import rowcode, schema, trellis
 from .checkpoint_write import (
     CodecData,
     ModuleData,
@@ -41,7 +41,7 @@ from .tensorfile import (
 )
 
 if TYPE_CHECKING:
-    from .kernels import CodecView
+    from .kernels import AnyView, CodecView
 
 __all__ = [
     "Checkpoint",
@@ -153,7 +153,7 @@ class Checkpoint:
                 self.tensors[schema.codec_tensor(codec.name, part)].nbytes
                 for part in codec.tensors()
             )
-            shape = (codec.codebook, codec.subvector)
+            shape = () if codec.is_trellis else (codec.codebook, codec.subvector)
             rows.append(
                 self._row(f"{schema.BANK}.{codec.name}", "codec", shape, codec.name, None, size)
             )
@@ -182,10 +182,10 @@ class Checkpoint:
         }
 
     def codec_view(self, name: str) -> CodecView:
-        """The codec as the kernels take it."""
+        """The codec as the kernels take it; not of a trellis."""
         if name not in self._views:
             spec = self.layout.codecs[name]
-            parts = {p: self.tensors[schema.codec_tensor(name, p)].array() for p in spec.tensors()}
+            parts = {part: self._codec_part(name, part) for part in spec.tensors()}
             self._views[name] = codec_view(spec, parts)
         return self._views[name]
 
@@ -204,8 +204,23 @@ class Checkpoint:
             else np.ones(rows, np.float32)
         )
         shift = rowcode.decode(self._part(name, "shift"), signed=True) if module.shift else None
-        packed, codec = self._part(name, "weight"), self.codec_view(module.codec)
+        packed = self._part(name, "weight")
+        if module.bits is None:
+            codec: AnyView = self.codec_view(module.codec)
+        else:
+            codec, factor = trellis.view(
+                self._codec_part(module.codec, "magnitude"),
+                self._codec_part(module.codec, "magnitude_scale"),
+                module.bits,
+                rows,
+                columns,
+                self._part(name, "columns") if isinstance(module.bits, tuple) else None,
+            )
+            scale = scale if factor is None else scale * factor
         return kernels.decode_rows(packed, columns, 0, rows, codec, scale, shift)
+
+    def _codec_part(self, codec: str, part: str) -> np.ndarray:
+        return self.tensors[schema.codec_tensor(codec, part)].array()
 
     def _part(self, module: str, part: str) -> np.ndarray:
         return self.tensors[schema.module_tensor(module, part)].array()
@@ -232,6 +247,11 @@ class Checkpoint:
         for codec in self.layout.codecs.values():
             for part in codec.tensors():
                 self._check_finite(self.tensors[schema.codec_tensor(codec.name, part)])
+            if codec.is_trellis and self._codec_part(codec.name, "magnitude").min() < 0:
+                name = schema.codec_tensor(codec.name, "magnitude")
+                raise CheckpointError(
+                    f"{self.tensors[name].file.path}: tensor {name} has magnitudes below zero"
+                )
         for module in self.layout.modules.values():
             if module.codec is not None:
                 self._check_module(module, self.layout.codecs[module.codec], checksums)
@@ -242,20 +262,30 @@ class Checkpoint:
             if part == "weight":
                 continue
             self._check_finite(stored)
-            if dtype == "U8" and not rowcode.in_range(stored.array(), signed=part == "shift"):
+            if part == "columns":
+                assert isinstance(module.bits, tuple)
+                if not trellis.matches_blocks(stored.array(), module.bits):
+                    raise CheckpointError(
+                        f"{stored.file.path}: tensor {stored.name} gives columns other bits than"
+                        " config.json gives their blocks"
+                    )
+            elif dtype == "U8" and not rowcode.in_range(stored.array(), signed=part == "shift"):
                 raise CheckpointError(
                     f"{stored.file.path}: tensor {stored.name} starts with the exponent"
                     f" {int(stored.array()[0])}, which is out of range"
                 )
         tensor = self.tensors[schema.module_tensor(module.name, "weight")]
         rows, columns = module.shape
+        damaged = f"{tensor.file.path}: module {module.name} has bits set after the end of a row"
+        if module.bits is not None:
+            if spare_bits and trellis.has_spare_bits(tensor.array(), module.bits, rows, columns):
+                raise CheckpointError(damaged)
+            return
         count = -(-columns // codec.subvector)
         packed = tensor.array().reshape(rows, -1)
         spare = packed.shape[1] * 8 - count * codec.index_bits
         if spare_bits and spare and (packed[:, -1] >> (8 - spare)).any():
-            raise CheckpointError(
-                f"{tensor.file.path}: module {module.name} has bits set after the end of a row"
-            )
+            raise CheckpointError(damaged)
         if codec.codebook == 1 << codec.index_bits:
             return
         from . import kernels

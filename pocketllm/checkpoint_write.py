@@ -47,7 +47,8 @@ class CodecData:
     Attributes:
         spec: its description.
         parts: ``table`` int8 or float16 (K, d) with ``table_scale`` float32 (1,) for int8, or
-            ``codebook`` float16 (K, d) with ``decoder`` float16 (3 * P1,).
+            ``codebook`` float16 (K, d) with ``decoder`` float16 (3 * P1,), or of a trellis
+            ``magnitude`` int8 (252,) with ``magnitude_scale`` float32 (6,).
     """
 
     spec: CodecSpec
@@ -65,12 +66,25 @@ class ModuleData:
         packed: flat uint8, rows of packed indices.
         scale: uint8 (out + 1,) or float16 (out,), as ``spec.statistics`` says; or None.
         shift: the same, or None.
+        columns: uint8 (in,), in trellis codes whose blocks have bits of their own; else None.
     """
 
     spec: ModuleSpec
     packed: np.ndarray | TensorSource | None = None
     scale: np.ndarray | TensorSource | None = None
     shift: np.ndarray | TensorSource | None = None
+    columns: np.ndarray | TensorSource | None = None
+
+    @property
+    def parts(self) -> dict[str, np.ndarray | TensorSource]:
+        """Part name -> tensor of what there is."""
+        parts: dict[str, np.ndarray | TensorSource | None] = {
+            "weight": self.packed,
+            "scale": self.scale,
+            "shift": self.shift,
+            "columns": self.columns,
+        }
+        return {name: array for name, array in parts.items() if array is not None}
 
 
 def layout_of(codecs: Iterable[CodecData], modules: Iterable[ModuleData]) -> Layout:
@@ -94,13 +108,8 @@ def compressed_tensors(
         )
     for module in modules:
         if module.spec.kind != "tied":
-            for part, array in (
-                ("weight", module.packed),
-                ("scale", module.scale),
-                ("shift", module.shift),
-            ):
-                if array is not None:
-                    arrays[schema.module_tensor(module.spec.name, part)] = array
+            for part, tensor in module.parts.items():
+                arrays[schema.module_tensor(module.spec.name, part)] = tensor
     expected = layout_of(codecs, modules).tensors()
     tensors: dict[str, TensorSource] = {}
     for name, (dtype, shape) in expected.items():

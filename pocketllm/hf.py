@@ -209,9 +209,7 @@ def install_compressed(
         _fill(model.get_submodule(f"{schema.BANK}.{codec.spec.name}"), codec.parts)
     for module in modules:
         if module.spec.kind != "tied":
-            parts = {"weight": module.packed, "scale": module.scale, "shift": module.shift}
-            stored = {part: array for part, array in parts.items() if array is not None}
-            _fill(model.get_submodule(module.spec.name), stored)
+            _fill(model.get_submodule(module.spec.name), module.parts)
     config = PocketQuantizationConfig(
         **{"method": "pocket", **(record or {})},
         format_version=schema.FORMAT_VERSION,

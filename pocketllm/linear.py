@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .schema import CodecSpec, ModuleSpec, row_stride_bytes
+from .schema import CodecSpec, ModuleSpec
+from .trellis import Bits, payload_bytes
 
 _TORCH = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "F32": torch.float32}
 
@@ -19,7 +20,8 @@ class CodecModule(nn.Module):
     """One codec's tensors, in their stored dtypes whatever the model is cast to.
 
     Buffers: ``table`` int8 or float16 (K, d), with ``table_scale`` float32 (1,) for int8; or
-    ``codebook`` float16 (K, d) and ``decoder`` float16 (3 * P1,).
+    ``codebook`` float16 (K, d) and ``decoder`` float16 (3 * P1,); or of a trellis ``magnitude``
+    int8 (252,) and ``magnitude_scale`` float32 (6,).
     """
 
     def __init__(self, spec: CodecSpec, device: torch.device | str | None = None) -> None:
@@ -27,7 +29,7 @@ class CodecModule(nn.Module):
         self.spec = spec
         for part, (dtype, shape) in spec.tensors().items():
             self.register_buffer(part, torch.empty(shape, dtype=_TORCH[dtype], device=device))
-        for part in ("table", "table_scale", "codebook", "decoder"):
+        for part in ("table", "table_scale", "codebook", "decoder", "magnitude", "magnitude_scale"):
             if part not in self._buffers:
                 self.register_buffer(part, None)
 
@@ -37,6 +39,8 @@ class CodecModule(nn.Module):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         spec = self.spec
+        if spec.is_trellis:
+            return spec.storage
         return f"{spec.codebook} x {spec.subvector}, {spec.storage}, norm={spec.norm}"
 
 
@@ -58,6 +62,7 @@ class _Packed(nn.Module):
 
     scale: Tensor | None
     shift: Tensor | None
+    columns: Tensor | None
 
     def _init_packed(
         self,
@@ -67,15 +72,20 @@ class _Packed(nn.Module):
         scale: bool,
         shift: bool,
         statistics: str,
+        bits: Bits | None,
         device: torch.device | str | None,
     ) -> None:
         self.__dict__["_codec"] = codec
         self.__dict__["_shape"] = (rows, columns)
-        stride = row_stride_bytes(columns, codec.spec.subvector, codec.spec.index_bits)
-        self.register_buffer("weight", torch.empty(rows * stride, dtype=torch.uint8, device=device))
-        size, kind = (rows + 1, torch.uint8) if statistics == "uint8" else (rows, torch.float16)
-        for name, present in (("scale", scale), ("shift", shift)):
-            value = torch.empty(size, dtype=kind, device=device) if present else None
+        self.__dict__["_bits"] = bits
+        parts = ModuleSpec(
+            "", "linear", (rows, columns), None, scale, shift, statistics=statistics, bits=bits
+        ).tensors(codec.spec)
+        for name in ("weight", "scale", "shift", "columns"):
+            value = None
+            if name in parts:
+                dtype, shape = parts[name]
+                value = torch.empty(shape, dtype=_TORCH[dtype], device=device)
             self.register_buffer(name, value)
 
     @property
@@ -97,8 +107,12 @@ class _Packed(nn.Module):
     def matrix(self) -> ops.Matrix:
         """The weight as the operators take it."""
         codec, weight = self.codec, self.weight
-        table = codec.table if codec.decoder is None else codec.codebook
-        table_scale, decoder = codec.table_scale, codec.decoder
+        if codec.spec.is_trellis:
+            table, table_scale = codec.magnitude, codec.magnitude_scale
+        else:
+            table = codec.table if codec.decoder is None else codec.codebook
+            table_scale = codec.table_scale
+        decoder, bits = codec.decoder, self.__dict__["_bits"]
         if table.device != weight.device:
             table, table_scale, decoder = (
                 None if t is None else t.to(weight.device) for t in (table, table_scale, decoder)
@@ -112,11 +126,13 @@ class _Packed(nn.Module):
             table,
             table_scale,
             decoder,
+            self.columns,
             rows,
             columns,
             spec.index_bits,
             spec.hidden,
             spec.norm,
+            [] if bits is None else [*bits] if isinstance(bits, tuple) else [bits],
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -131,8 +147,11 @@ class _Packed(nn.Module):
         return super()._apply(_keeping_dtype(fn, self._buffers.values()), recurse)
 
     def _packed_repr(self) -> str:
-        spec = self.codec.spec
-        return f"codec={spec.name}, bits={spec.index_bits / spec.subvector:g}"
+        spec, bits = self.codec.spec, self.__dict__["_bits"]
+        rows, columns = self.__dict__["_shape"]
+        if bits is not None:
+            bits = 8 * payload_bytes(bits, rows, columns) / (rows * columns)
+        return f"codec={spec.name}, bits={bits or spec.index_bits / spec.subvector:.3g}"
 
 
 class PocketLinear(_Packed, nn.Linear):
@@ -151,6 +170,7 @@ class PocketLinear(_Packed, nn.Linear):
         scale: has row scales.
         shift: has row shifts.
         statistics: how they are stored, ``"uint8"`` or ``"float16"``.
+        bits: of a trellis: of all weights, or of each block of columns.
         device: where the tensors are made.
         dtype: of the bias.
     """
@@ -165,12 +185,13 @@ class PocketLinear(_Packed, nn.Linear):
         scale: bool = True,
         shift: bool = False,
         statistics: str = "uint8",
+        bits: Bits | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self._init_packed(out_features, in_features, codec, scale, shift, statistics, device)
+        self._init_packed(out_features, in_features, codec, scale, shift, statistics, bits, device)
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
 
@@ -207,6 +228,7 @@ class PocketEmbedding(_Packed, nn.Embedding):
         scale: has row scales.
         shift: has row shifts.
         statistics: how they are stored, ``"uint8"`` or ``"float16"``.
+        bits: of a trellis: of all weights, or of each block of columns.
         device: where the tensors are made.
         dtype: of the output; follows ``.to(dtype)``.
     """
@@ -222,6 +244,7 @@ class PocketEmbedding(_Packed, nn.Embedding):
         scale: bool = True,
         shift: bool = False,
         statistics: str = "uint8",
+        bits: Bits | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -232,7 +255,9 @@ class PocketEmbedding(_Packed, nn.Embedding):
         self.scale_grad_by_freq, self.sparse = False, False
         self.multiplier = multiplier
         self.dtype = dtype or torch.get_default_dtype()
-        self._init_packed(num_embeddings, embedding_dim, codec, scale, shift, statistics, device)
+        self._init_packed(
+            num_embeddings, embedding_dim, codec, scale, shift, statistics, bits, device
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         """input (...) of integers -> (..., columns)."""
@@ -289,6 +314,9 @@ class PocketTiedLinear(PocketLinear):
         """The embedding's matrix."""
         return self.__dict__["embedding"].matrix()
 
+    def _packed_repr(self) -> str:
+        return self.__dict__["embedding"]._packed_repr()
+
     def _arrays(self) -> ops.Arrays:
         return self.__dict__["embedding"]._arrays()
 
@@ -321,6 +349,7 @@ def build(
             scale=spec.scale,
             shift=spec.shift,
             statistics=spec.statistics,
+            bits=spec.bits,
             device=device,
             dtype=dtype,
         )
@@ -333,6 +362,7 @@ def build(
             scale=spec.scale,
             shift=spec.shift,
             statistics=spec.statistics,
+            bits=spec.bits,
             device=device,
             dtype=dtype,
         )

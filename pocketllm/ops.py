@@ -9,7 +9,7 @@ shift, and its codec's table (or codebook and decoder).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import kernels, rowcode
-from .kernels import CodecView
+from . import kernels, rowcode, trellis
+from .kernels import AnyView, CodecView
 
 # Weights of one row tile: what is decoded at a time outside the fused C kernels.
 TILE_WEIGHTS_CPU = 1 << 20
@@ -28,7 +28,8 @@ EPSILON = 1e-5
 BY_ADDRESS = (torch.float32, torch.bfloat16)
 _MATRIX = (
     "Tensor weight, Tensor? scale, Tensor? shift, Tensor table, Tensor? table_scale, "
-    "Tensor? decoder, int rows, int columns, int index_bits, int hidden, str norm"
+    "Tensor? decoder, Tensor? codes, int rows, int columns, int index_bits, int hidden, str norm, "
+    "float[] bits"
 )
 
 
@@ -39,14 +40,17 @@ class Matrix(NamedTuple):
         weight: uint8 (rows * row stride,), packed indices.
         scale: uint8 (rows + 1,) (:mod:`pocketllm.rowcode`) or float16 (rows,), or None for ones.
         shift: the same, or None for zeros.
-        table: int8 or float16 (K, d); the codebook when there is a decoder.
-        table_scale: float32 (1,) of an int8 table, else None.
+        table: int8 or float16 (K, d); the codebook when there is a decoder; the magnitudes of a
+            trellis, int8 (252,).
+        table_scale: float32 (1,) of an int8 table, (6,) of magnitudes, else None.
         decoder: float16 (3 * P1,), or None.
+        codes: uint8 (columns,) of a trellis whose blocks have bits of their own, or None.
         rows: out.
         columns: in.
         index_bits: bits of an index.
         hidden: h of the decoder.
         norm: N of the decoder.
+        bits: of a trellis: of all weights, or with ``codes`` of each block; else empty.
     """
 
     weight: Tensor
@@ -55,11 +59,22 @@ class Matrix(NamedTuple):
     table: Tensor
     table_scale: Tensor | None
     decoder: Tensor | None
+    codes: Tensor | None
     rows: int
     columns: int
     index_bits: int
     hidden: int
     norm: str
+    bits: Sequence[float]
+
+    @property
+    def trellis_bits(self) -> trellis.Bits:
+        """``bits`` as :mod:`pocketllm.trellis` has them."""
+        return self.bits[0] if self.codes is None else tuple(int(b) for b in self.bits)
+
+
+# Fields of a Matrix that are tensors, before the others.
+TENSORS = 7
 
 
 class Arrays(NamedTuple):
@@ -78,7 +93,7 @@ class Arrays(NamedTuple):
     packed: np.ndarray
     scale: np.ndarray
     shift: np.ndarray | None
-    codec: CodecView
+    codec: AnyView
     rows: int
     columns: int
     held: object
@@ -233,7 +248,7 @@ def version(tensor: Tensor | None) -> int:
 
 def arrays_of(matrix: Matrix) -> Arrays:
     """The matrix as the kernels take it; conversions are made once."""
-    stamp = tuple([_stamp(tensor) for tensor in matrix[:6]])
+    stamp = tuple([_stamp(tensor) for tensor in matrix[:TENSORS]])
     arrays = _matrices.get(matrix.weight, stamp)
     if arrays is None:
         scale = np.ones(matrix.rows, np.float32)
@@ -242,11 +257,28 @@ def arrays_of(matrix: Matrix) -> Arrays:
         shift = matrix.shift
         if shift is not None:
             shift = rowcode.decode(_numpy(shift), signed=True)
-        packed, codec = _numpy(matrix.weight), _codec(matrix)
+        packed = _numpy(matrix.weight)
+        if matrix.bits:
+            codec, factor = _trellis(matrix)
+            scale = scale if factor is None else scale * factor
+        else:
+            codec = _codec(matrix)
         held = kernels.hold_matrix(packed, matrix.columns, codec, scale, shift)
         arrays = Arrays(packed, scale, shift, codec, matrix.rows, matrix.columns, held)
         _matrices.put(matrix.weight, stamp, arrays)
     return arrays
+
+
+def _trellis(matrix: Matrix) -> tuple[AnyView, np.ndarray | None]:
+    assert matrix.table_scale is not None
+    return trellis.view(
+        _numpy(matrix.table),
+        _numpy(matrix.table_scale),
+        matrix.trellis_bits,
+        matrix.rows,
+        matrix.columns,
+        None if matrix.codes is None else _numpy(matrix.codes),
+    )
 
 
 def _codec(matrix: Matrix) -> CodecView:
@@ -292,6 +324,8 @@ def unpack_torch(packed: Tensor, count: int, bits: int) -> Tensor:
 
 def decode_rows_torch(matrix: Matrix, index: Tensor) -> Tensor:
     """Rows ``index`` (n,): (n, columns) float32, with PyTorch operations only."""
+    if matrix.bits:
+        return _finished_torch(_trellis_torch(matrix, index), matrix, index)
     subvector = matrix.table.shape[1]
     count = -(-matrix.columns // subvector)
     packed = matrix.weight.view(matrix.rows, -1)[index]
@@ -300,12 +334,71 @@ def decode_rows_torch(matrix: Matrix, index: Tensor) -> Tensor:
         values = values * matrix.table_scale
     if matrix.decoder is not None:
         values = _decode_torch(values, matrix.decoder.float(), matrix.hidden, matrix.norm)
-    values = values.flatten(1)[:, : matrix.columns]
+    return _finished_torch(values.flatten(1)[:, : matrix.columns], matrix, index)
+
+
+def _finished_torch(values: Tensor, matrix: Matrix, index: Tensor) -> Tensor:
+    """Rows ``index`` with their scales and shifts."""
     if matrix.scale is not None:
         values = values * _statistics_torch(matrix.scale, index, signed=False)[:, None]
     if matrix.shift is not None:
         values = values + _statistics_torch(matrix.shift, index, signed=True)[:, None]
     return values
+
+
+def _trellis_torch(matrix: Matrix, index: Tensor) -> Tensor:
+    """Rows ``index`` of a matrix in trellis codes, without scales and shifts: docs/FORMAT.md."""
+    bits, device = matrix.trellis_bits, index.device
+    blocks, extra = trellis.block_bits(bits, matrix.columns)
+    last = (max(1, matrix.rows // trellis.SEGMENT) - 1) * trellis.SEGMENT
+    segment = (index // trellis.SEGMENT * trellis.SEGMENT).clamp(max=last)
+    size = torch.where(segment < last, trellis.SEGMENT, matrix.rows - segment)
+    few = trellis.row_bytes(bits, matrix.columns)
+    more = trellis.row_bytes(bits, matrix.columns, True) if extra else few
+
+    def richer(rows: Tensor) -> Tensor:
+        return rows * extra // trellis.QUARTERS
+
+    def plane(rows: Tensor, number: int, is_richer: bool) -> Tensor:
+        """(n, columns of the plane) 0 or 1."""
+        columns = trellis.plane_columns(bits, matrix.columns, is_richer)
+        start = sum(-(-n // 8) for n in columns[:number])
+        at = torch.arange(columns[number], device=device)
+        first = rows * few + richer(rows) * (more - few) + start
+        return matrix.weight[first[:, None] + at // 8].int() >> (at % 8) & 1
+
+    columns = trellis.plane_columns(bits, matrix.columns)
+    window = torch.zeros(len(index), columns[0] if columns else 0, dtype=torch.int32, device=device)
+    for i in range(trellis.MEMORY + 1 if columns else 0):
+        before = index - i
+        wrapped = torch.where(before >= segment, before, before + size).clamp(min=0)
+        there = (before >= segment) | (size >= trellis.SHORT)
+        window |= torch.where(there[:, None], plane(wrapped, 0, False), 0) << i
+    level = torch.zeros_like(window)
+    for place, taps in enumerate(trellis.TAPS):
+        parity = window & taps
+        for shift in (8, 4, 2, 1):
+            parity = parity ^ parity >> shift
+        level |= (parity & 1) << place
+    values = torch.zeros(len(index), matrix.columns, device=device)
+    each = torch.from_numpy(np.repeat(blocks, trellis.BLOCK)[: matrix.columns]).to(device).long()
+    for is_richer in (False, True) if extra else (False,):
+        these = torch.nonzero((richer(index + 1) > richer(index)) == is_richer)[:, 0]
+        rows, found = index[these], level[these]
+        for number, n in enumerate(trellis.plane_columns(bits, matrix.columns, is_richer)[1:], 1):
+            found[:, :n] |= plane(rows, number, is_richer) << (len(trellis.TAPS) + number - 1)
+        k = each[: found.shape[1]] + is_richer
+        half = 2 << k
+        place = found % half
+        place = torch.where(found >= half, half - 1 - place, place) + (4 << (k - 1)) - 4
+        assert matrix.table_scale is not None
+        made = matrix.table[place].float() * torch.where(found >= half, -1.0, 1.0)
+        values[these, : found.shape[1]] = made * matrix.table_scale[k - 1]
+    if matrix.codes is None:
+        return values
+    order = torch.argsort(-(matrix.codes.long() & 7), stable=True)
+    scale = torch.exp2(-(matrix.codes >> 3).double() / trellis.SCALE_STEPS).float()
+    return torch.zeros_like(values).index_copy_(1, order, values * scale[order])
 
 
 def _statistics_torch(stored: Tensor, index: Tensor, *, signed: bool) -> Tensor:
@@ -388,8 +481,8 @@ def _matmul_transposed_fake(gradient: Tensor, *parts: Any) -> Tensor:
 
 def _setup_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, _, *parts = inputs
-    ctx.save_for_backward(*parts[:6])
-    ctx.constants = parts[6:]
+    ctx.save_for_backward(*parts[:TENSORS])
+    ctx.constants = parts[TENSORS:]
 
 
 def _backward_matmul(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:

@@ -6,19 +6,21 @@ The text of the format is docs/FORMAT.md; names of tensors and keys stand here a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
+from . import trellis
 from .errors import CheckpointError
 
 QUANT_METHOD = "pocketllm"
 FORMAT_VERSION = 1
 METADATA_KEY = "pocketllm"
 BANK = "pocketllm_codecs"
-STORAGES = ("table-int8", "table-float16", "decoder")
+STORAGES = ("table-int8", "table-float16", "decoder", "trellis")
 NORMS = ("input", "ln", "rln")
 KINDS = ("linear", "conv1d", "embedding", "tied")
 STATISTICS = ("float16", "uint8")
@@ -43,11 +45,11 @@ class CodecSpec:
 
     Attributes:
         name: letters, digits, ``_`` and ``-``.
-        subvector: d, 1 to 16.
-        codebook: K, 2 to 65536.
-        hidden: h of the decoder that made the table, or of the stored decoder.
+        subvector: d, 1 to 16; 1 of a trellis.
+        codebook: K, 2 to 65536; 0 of a trellis.
+        hidden: h of the decoder that made the table, or of the stored decoder; 0 of a trellis.
         norm: ``"input"``, ``"ln"`` or ``"rln"``.
-        storage: ``"table-int8"``, ``"table-float16"`` or ``"decoder"``.
+        storage: ``"table-int8"``, ``"table-float16"``, ``"decoder"`` or ``"trellis"``.
     """
 
     name: str
@@ -57,14 +59,29 @@ class CodecSpec:
     norm: str
     storage: str
 
+    @classmethod
+    def trellis(cls, name: str) -> CodecSpec:
+        """The codec of trellis codes of this name."""
+        return cls(name, 1, 0, 0, "input", "trellis")
+
+    @property
+    def is_trellis(self) -> bool:
+        """Are these trellis codes (:mod:`pocketllm.trellis`)?"""
+        return self.storage == "trellis"
+
     @property
     def index_bits(self) -> int:
-        """Bits of one index."""
-        return index_bits(self.codebook)
+        """Bits of one index; of a trellis 0."""
+        return 0 if self.is_trellis else index_bits(self.codebook)
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Part name -> (safetensors dtype, shape) of what the bank stores."""
         shape = (self.codebook, self.subvector)
+        if self.is_trellis:
+            return {
+                "magnitude": ("I8", (trellis.MAGNITUDES,)),
+                "magnitude_scale": ("F32", (trellis.MAX_BITS,)),
+            }
         if self.storage == "decoder":
             size = 3 * mlp_parameters(self.subvector, self.hidden)
             return {"codebook": ("F16", shape), "decoder": ("F16", (size,))}
@@ -74,6 +91,8 @@ class CodecSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The entry of ``codecs``."""
+        if self.is_trellis:
+            return {"storage": self.storage}
         return {
             "subvector": self.subvector,
             "codebook": self.codebook,
@@ -99,6 +118,8 @@ class ModuleSpec:
         tied_to: for ``"tied"``, the embedding whose payload it reads.
         statistics: how scale and shift are stored, ``"float16"`` (out,) or ``"uint8"`` (out + 1,),
             see :mod:`pocketllm.rowcode`.
+        bits: of a module in trellis codes: of every weight, or of each block of columns, which
+            then have a tensor ``columns``.
     """
 
     name: str
@@ -110,6 +131,7 @@ class ModuleSpec:
     dtype: str = "float32"
     tied_to: str | None = None
     statistics: str = "float16"
+    bits: trellis.Bits | None = None
 
     @property
     def weights(self) -> int:
@@ -120,8 +142,10 @@ class ModuleSpec:
         """Part name -> (safetensors dtype, shape) of what the file stores for the module."""
         rows, columns = self.shape
         parts: dict[str, tuple[str, tuple[int, ...]]] = {
-            "weight": ("U8", (rows * row_stride_bytes(columns, codec.subvector, codec.index_bits),))
+            "weight": ("U8", (self.payload_bytes(codec),))
         }
+        if isinstance(self.bits, tuple):
+            parts["columns"] = ("U8", (columns,))
         stored = ("U8", (rows + 1,)) if self.statistics == "uint8" else ("F16", (rows,))
         if self.scale:
             parts["scale"] = stored
@@ -129,13 +153,28 @@ class ModuleSpec:
             parts["shift"] = stored
         return parts
 
+    def payload_bytes(self, codec: CodecSpec) -> int:
+        """Bytes of the packed rows."""
+        rows, columns = self.shape
+        if codec.is_trellis:
+            assert self.bits is not None
+            return trellis.payload_bytes(self.bits, rows, columns)
+        return rows * row_stride_bytes(columns, codec.subvector, codec.index_bits)
+
     def to_json(self) -> dict[str, Any]:
         """The entry of ``modules``."""
         entry: dict[str, Any] = {"kind": self.kind, "shape": list(self.shape), "dtype": self.dtype}
         if self.kind == "tied":
             return {**entry, "to": self.tied_to}
         entry.update(codec=self.codec, scale=self.scale, shift=self.shift)
+        if self.bits is not None:
+            entry["bits"] = _runs(self.bits) if isinstance(self.bits, tuple) else self.bits
         return entry if self.statistics == "float16" else {**entry, "statistics": self.statistics}
+
+
+def _runs(blocks: tuple[int, ...]) -> list[list[int]]:
+    """Bits of blocks as [bits, how many blocks] of those in a row that have the same."""
+    return [[bits, len(list(run))] for bits, run in itertools.groupby(blocks)]
 
 
 def row_stride_bytes(columns: int, subvector: int, bits: int) -> int:
@@ -240,6 +279,8 @@ def _codec(name: str, entry: Mapping[str, Any], where: str) -> CodecSpec:
     here = f"{where}: codec {name!r}"
     if not _CODEC_NAME.fullmatch(name):
         raise CheckpointError(f"{here}: want a name of letters, digits, _ and -")
+    if _choice(entry, "storage", STORAGES, here) == "trellis":
+        return CodecSpec.trellis(name)
     codec = CodecSpec(
         name,
         _integer(entry, "subvector", 1, 16, here),
@@ -285,8 +326,31 @@ def _module(
             f"{here}: scale is {scale!r} and shift is {shift!r}, want true or false"
         )
     statistics = _choice({"statistics": "float16", **entry}, "statistics", STATISTICS, here)
+    bits = _bits(entry.get("bits"), columns, here) if codecs[codec].is_trellis else None
     return ModuleSpec(
-        name, kind, (rows, columns), codec, scale, shift, dtype, statistics=statistics
+        name, kind, (rows, columns), codec, scale, shift, dtype, statistics=statistics, bits=bits
+    )
+
+
+def _bits(value: Any, columns: int, here: str) -> trellis.Bits:
+    """Bits of a module in trellis codes: a number, or [bits, blocks] of runs of blocks."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if 1 <= value <= trellis.MAX_BITS and float(value * trellis.QUARTERS).is_integer():
+            return float(value)
+    elif isinstance(value, list | tuple) and all(
+        isinstance(run, list | tuple)
+        and len(run) == 2
+        and all(type(n) is int and n >= 0 for n in run)
+        and run[1] <= trellis.block_count(columns)
+        for run in value
+    ):
+        blocks = tuple(bits for bits, count in value for _ in range(count))
+        falling = all(a >= b for a, b in itertools.pairwise((trellis.MAX_BITS, *blocks)))
+        if falling and len(blocks) == trellis.block_count(columns):
+            return blocks
+    raise CheckpointError(
+        f"{here}: bits is {value!r}, want a multiple of 1/4 from 1 to {trellis.MAX_BITS}, or [bits,"
+        f" blocks] of {trellis.block_count(columns)} blocks, falling"
     )
 
 

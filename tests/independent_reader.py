@@ -43,7 +43,7 @@ def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     for name, module in quantization["modules"].items():
         if module["kind"] == "tied":
             continue
-        used |= {f"{name}.weight", f"{name}.scale", f"{name}.shift"}
+        used |= {f"{name}.{part}" for part in ("weight", "scale", "shift", "columns")}
         matrices[name] = decode_module(name, module, quantization["codecs"], tensors)
     for name, module in quantization["modules"].items():
         if module["kind"] == "tied":
@@ -89,6 +89,8 @@ def decode_module(
     """W of a module, float64."""
     codec = codecs[module["codec"]]
     rows, columns = module["shape"]
+    if codec["storage"] == "trellis":
+        return finished(name, module, trellis(name, module, tensors), tensors)
     d, bits = codec["subvector"], codec["index_bits"]
     assert bits == max(1, math.ceil(math.log2(codec["codebook"])))
     count = math.ceil(columns / d)
@@ -109,6 +111,73 @@ def decode_module(
             if codec["storage"] == "table-int8":
                 values = values * float(tensors[f"{bank}.table_scale"][0])
         result[row] = values.reshape(-1)[:columns]
+    return finished(name, module, result, tensors)
+
+
+def trellis(name: str, module: dict[str, Any], tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """What the bits of a module in trellis codes stand for, without row scales and shifts."""
+    rows, columns = module["shape"]
+    bank = f"pocketllm_codecs.{module['codec']}"
+    magnitude = tensors[f"{bank}.magnitude"].tolist()
+    step = tensors[f"{bank}.magnitude_scale"].tolist()
+    order, factor = list(range(columns)), [1.0] * columns
+    if isinstance(module["bits"], list):
+        blocks = [bits for bits, count in module["bits"] for _ in range(count)]
+        codes = tensors[f"{name}.columns"].tolist()
+        order = sorted(range(columns), key=lambda column: -(codes[column] % 8))
+        factor = [2 ** (-(codes[column] // 8) / 4) for column in order]
+        richer = [0] * rows
+        for at, column in enumerate(order):
+            assert codes[column] % 8 == blocks[at // 128]
+    else:
+        quarters = int(4 * module["bits"])
+        blocks = [quarters // 4] * math.ceil(columns / 128)
+        extra = quarters % 4
+        richer = [(r + 1) * extra // 4 - r * extra // 4 for r in range(rows)]
+    payload = bytes(tensors[f"{name}.weight"])
+    symbols, at = [], 0
+    for row in range(rows):
+        k = [blocks[c // 128] + (richer[row] if blocks[c // 128] else 0) for c in range(columns)]
+        line = [0] * columns
+        for plane in range(6):
+            count = sum(bits > plane for bits in k)
+            stream = int.from_bytes(payload[at : at + math.ceil(count / 8)], "little")
+            at += math.ceil(count / 8)
+            assert stream >> count == 0
+            for c in range(count):
+                line[c] |= (stream >> c & 1) << plane
+        symbols.append((k, line))
+    assert at == len(payload)
+    result = np.zeros((rows, columns))
+    segments = max(1, rows // 256)
+    for row, (k, line) in enumerate(symbols):
+        segment = min(row // 256, segments - 1)
+        first = 256 * segment
+        size = (rows if segment == segments - 1 else first + 256) - first
+        for c in range(columns):
+            if k[c] == 0:
+                continue
+            window = []
+            for i in range(9):
+                before = row - i
+                if before < first and size >= 16:
+                    before += size
+                window.append(symbols[before][1][c] & 1 if before >= first else 0)
+            index = line[c] // 2 * 8
+            index += window[3] ^ window[4] ^ window[7]
+            index += 2 * (window[1] ^ window[2] ^ window[4] ^ window[6])
+            index += 4 * (window[0] ^ window[4] ^ window[5] ^ window[7] ^ window[8])
+            half = 2 ** (k[c] + 1)
+            m = magnitude[half - 4 : 2 * half - 4]
+            level = m[index] if index < half else -m[2 * half - 1 - index]
+            result[row, order[c]] = level * step[k[c] - 1] * factor[c]
+    return result
+
+
+def finished(
+    name: str, module: dict[str, Any], result: np.ndarray, tensors: dict[str, np.ndarray]
+) -> np.ndarray:
+    """Values with their row scales and shifts."""
     if module["scale"]:
         result *= statistics(module, tensors[f"{name}.scale"], signed=False)[:, None]
     if module["shift"]:
