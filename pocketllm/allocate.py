@@ -1,6 +1,6 @@
-"""Which codebook shape each matrix gets, so that the whole meets a budget of bits.
+"""Which codebook shape or rate of trellis codes each matrix gets, to meet a budget of bits.
 
-The shapes form a ladder of rates. Each matrix takes the rung that minimises the harm its predicted
+Shapes and rates form a ladder. Each matrix takes the rung that minimises the harm its predicted
 error does (see :mod:`pocketllm.sensitivity`) plus a price on bits; the price is the one at which
 the total, every byte counted, fits the budget. Rungs that do not pay for their tables are left out,
 and what is left over buys the upgrades with the largest predicted gain per bit.
@@ -14,10 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from . import trellis
 from .errors import PocketError
 from .layout import Target
 from .schema import CodecSpec, index_bits, row_stride_bytes
 from .tensorfile import DTYPES
+from .trellis_bits import expected_error, share_bits, shared_error
 
 SCALE_BITS = 8
 # The best d-dimensional quantiser of a Gaussian errs by g_d * 2^(-2R) at high rates R (Zador):
@@ -45,6 +47,24 @@ class Shape:
         return self.index_bits / self.subvector
 
 
+@dataclasses.dataclass(frozen=True, order=True)
+class Rate:
+    """Trellis codes of so many quarters of a bit a weight."""
+
+    quarters: int
+
+    @property
+    def rate(self) -> float:
+        """Bits per weight."""
+        return self.quarters / trellis.QUARTERS
+
+    def row_bytes(self, columns: int) -> int:
+        """The most that a row may take where blocks of columns have bits of their own."""
+        return self.quarters * columns // (8 * trellis.QUARTERS)
+
+
+Rung = Shape | Rate
+
 # d = 4 keeps the table in the first-level cache up to K = 4096; above 3 bits shorter ones do.
 LADDER: tuple[Shape, ...] = (
     *(Shape(8, 2**b) for b in range(4, 8)),
@@ -69,16 +89,43 @@ SYMMETRIC_ERROR: dict[Shape, float] = {
     Shape(2, 256): 1.0,
     **{Shape(1, 2**b): 1.0 for b in range(5, 9)},
 }
-LADDERS = {"quality": LADDER, "speed": FAST_LADDER}
+# Trellis codes have at least a bit and at most six.
+TRELLIS_LADDER: tuple[Rung, ...] = (
+    *(Shape(8, 2**b) for b in range(4, 8)),
+    *(Rate(q) for q in range(trellis.QUARTERS, trellis.QUARTERS * trellis.MAX_BITS + 1)),
+    *(Shape(1, 2**b) for b in range(7, 9)),
+)
+LADDERS: dict[str, tuple[Rung, ...]] = {
+    "quality": LADDER,
+    "speed": FAST_LADDER,
+    "trellis": TRELLIS_LADDER,
+}
 
 
-def payload_bits(target: Target, shape: Shape, *, row_scale: bool, row_shift: bool) -> int:
-    """Bits of a matrix's packed indices and row statistics (the table apart)."""
+def payload_bits(
+    target: Target,
+    rung: Rung,
+    *,
+    row_scale: bool,
+    row_shift: bool,
+    shares: np.ndarray | None = None,
+) -> int:
+    """Bits of a matrix's packed indices or codes and statistics (the table apart).
+
+    ``shares`` are those of its columns in its harm, where their blocks have bits of their own.
+    """
     if target.tied_to:
         return 0
     rows, columns = target.shape
-    row_bytes = row_stride_bytes(columns, shape.subvector, shape.index_bits)
-    return rows * 8 * row_bytes + (rows + 1) * SCALE_BITS * (int(row_scale) + int(row_shift))
+    statistics = (rows + 1) * SCALE_BITS * (int(row_scale) + int(row_shift))
+    if isinstance(rung, Shape):
+        row_bytes = row_stride_bytes(columns, rung.subvector, rung.index_bits)
+        return rows * 8 * row_bytes + statistics
+    bits: trellis.Bits = rung.rate
+    if shares is not None:
+        bits = tuple(share_bits(np.sort(shares)[::-1], rung.row_bytes(columns)).tolist())
+        statistics += 8 * columns
+    return 8 * trellis.payload_bytes(bits, rows, columns) + statistics
 
 
 def codec_bits(spec: CodecSpec) -> int:
@@ -91,8 +138,10 @@ def is_symmetric(prefer: str, shape: Shape) -> bool:
     return shape in SYMMETRIC_ERROR and (prefer == "speed" or SYMMETRIC_ERROR[shape] == 1)
 
 
-def predicted_error(shape: Shape, prefer: str = "quality") -> float:
+def predicted_error(shape: Rung, prefer: str = "quality") -> float:
     """Expected squared error per unit variance of a Gaussian source."""
+    if isinstance(shape, Rate):
+        return expected_error(shape.rate)
     # At low rates the factor falls towards 1; this form follows Lloyd-Max within 6 % at d = 1.
     factor = 1 + (ZADOR_FACTOR[shape.subvector] - 1) * (1 - 2 ** (-shape.rate / 2))
     if is_symmetric(prefer, shape):
@@ -104,41 +153,49 @@ def allocate(
     targets: Sequence[Target],
     budget_bits: float,
     *,
-    spec_of: Callable[[Shape], CodecSpec],
+    spec_of: Callable[[Rung], CodecSpec],
     row_scale: bool = True,
     row_shift: bool = False,
-    groups_of: Callable[[Mapping[str, Shape]], Mapping[str, str]],
+    groups_of: Callable[[Mapping[str, Rung]], Mapping[str, str]],
     harm_of: Mapping[str, float] | None = None,
-    prefer: str = "quality",
-) -> dict[str, Shape]:
-    """Give every target a shape so that all bytes together stay within ``budget_bits``.
+    shares_of: Mapping[str, np.ndarray] | None = None,
+    ladder: str = "quality",
+) -> dict[str, Rung]:
+    """Give every target a shape or rate so that all bytes together stay within ``budget_bits``.
 
     Args:
         targets: what is compressed; tied targets cost nothing and follow their owner.
         budget_bits: bits for payloads, row statistics and tables together.
-        spec_of: the codec that would be stored for a shape.
+        spec_of: the codec that would be stored for a shape or rate.
         groups_of: for the shapes of all targets, target name -> name of the group it shares a table
             with.
         harm_of: target name -> harm of a relative squared error of 1; None: as many as it has
             weights, in embeddings eight times that.
-        prefer: whose ladder, ``"quality"`` or ``"speed"``.
+        shares_of: names of the targets whose blocks of columns have bits of their own in trellis
+            codes -> (in,) what an error of a column's own variance costs, of a whole of about 1.
+        ladder: which, ``"quality"``, ``"speed"`` or ``"trellis"``.
 
     Raises:
         PocketError: even the smallest shape does not fit; the sentence says what would.
     """
     owners = [t for t in targets if not t.tied_to]
-    rungs = sorted(LADDERS[prefer], key=lambda s: s.rate)
+    rungs = sorted(LADDERS[ladder], key=lambda s: s.rate)
+    shares = shares_of or {}
+
+    def cost(target: Target, rung: Rung) -> int:
+        return payload_bits(
+            target,
+            rung,
+            row_scale=row_scale,
+            row_shift=row_shift,
+            shares=shares.get(target.name),
+        )
+
     problem = _Problem(
         names=[t.name for t in owners],
         rungs=rungs,
-        cost=np.array(
-            [
-                [payload_bits(t, s, row_scale=row_scale, row_shift=row_shift) for s in rungs]
-                for t in owners
-            ],
-            np.float64,
-        ),
-        harm=_harm(owners, rungs, prefer, harm_of),
+        cost=np.array([[cost(t, s) for s in rungs] for t in owners], np.float64),
+        harm=_harm(owners, rungs, ladder, harm_of, shares),
         table=[codec_bits(spec_of(s)) for s in rungs],
         groups_of=groups_of,
         budget=budget_bits,
@@ -169,20 +226,23 @@ class _Problem:
     """
 
     names: list[str]
-    rungs: list[Shape]
+    rungs: list[Rung]
     cost: np.ndarray
     harm: np.ndarray
     table: list[int]
-    groups_of: Callable[[Mapping[str, Shape]], Mapping[str, str]]
+    groups_of: Callable[[Mapping[str, Rung]], Mapping[str, str]]
     budget: float
 
     def bits(self, choice: np.ndarray) -> float:
-        """Everything a choice stores."""
+        """Everything a choice stores; all rates share one table."""
         shapes = {n: self.rungs[r] for n, r in zip(self.names, choice, strict=True)}
         groups = self.groups_of(shapes)
-        tables = {(groups[n], r) for n, r in zip(self.names, choice.tolist(), strict=True)}
+        tables = {
+            (groups[n], None if isinstance(shapes[n], Rate) else r): self.table[r]
+            for n, r in zip(self.names, choice.tolist(), strict=True)
+        }
         payload = self.cost[np.arange(len(choice)), choice].sum()
-        return float(payload) + sum(self.table[r] for _, r in tables)
+        return float(payload) + sum(tables.values())
 
     def solve(self, rungs: list[int]) -> tuple[float, np.ndarray | None]:
         """The best choice of these rungs within the budget, and the value of its Lagrangian;
@@ -237,18 +297,24 @@ def _spend_the_rest(problem: _Problem, choice: np.ndarray) -> np.ndarray:
 
 def _harm(
     owners: Sequence[Target],
-    rungs: Sequence[Shape],
-    prefer: str,
+    rungs: Sequence[Rung],
+    ladder: str,
     harm_of: Mapping[str, float] | None,
+    shares: Mapping[str, np.ndarray],
 ) -> np.ndarray:
     """(matrices, rungs): predicted, on average as large as the errors of all weights."""
     whole = np.array(
         [harm_of[t.name] if harm_of else _prior(t) * t.weights for t in owners], np.float64
     )
     whole *= sum(t.weights for t in owners) / whole.sum()
-    harm = whole[:, None] * np.array([predicted_error(s, prefer) for s in rungs])
+    harm = whole[:, None] * np.array([predicted_error(s, ladder) for s in rungs])
     for i, target in enumerate(owners):
         for r, shape in enumerate(rungs):
+            if isinstance(shape, Rate):
+                if target.name in shares:
+                    row_bytes = shape.row_bytes(target.shape[1])
+                    harm[i, r] = whole[i] * shared_error(shares[target.name], row_bytes)
+                continue
             # A codebook for a matrix alone must find as many sub-vectors in it.
             if r and shape.codewords * shape.subvector > target.weights:
                 harm[i, r] = np.inf

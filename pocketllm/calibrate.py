@@ -19,7 +19,7 @@ import os
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -289,13 +289,21 @@ class Calibrator:
             handle.remove()
 
     def backward(
-        self, index: int, states: HiddenStates, gradients: Sequence[torch.Tensor]
+        self,
+        index: int,
+        states: HiddenStates,
+        gradients: Sequence[torch.Tensor],
+        spread: Mapping[str, np.ndarray],
     ) -> tuple[list[torch.Tensor], dict[str, np.ndarray]]:
         """One layer backwards, for its inputs and the gradients at its outputs.
 
+        Args:
+            spread: name of each target -> weights (out,) of its rows.
+
         Returns:
             The gradients (length, hidden) at its inputs, and for every target in it the squared
-            gradient of its matrix, summed over the windows and each row: (out,) float64.
+            gradient of its matrix, summed over the windows and, weighted, each column: (in,)
+            float64.
         """
         layer = self._layers[index]
         targets = CalibratedLayer(self, index, f"{self.name}.{index}", layer).targets
@@ -318,13 +326,13 @@ class Calibrator:
                 for (name, x, _), g in zip(products, pulled, strict=True):
                     if g is not None:
                         pairs.setdefault(name, []).append((x, g))
-                return first, {name: _row_squares(found) for name, found in pairs.items()}
+                return first, {n: column_squares(found, spread[n]) for n, found in pairs.items()}
 
             try:
-                for first, rows in self._each(gradient, range(len(states))):
+                for first, columns in self._each(gradient, range(len(states))):
                     before.append(first)
-                    for name, row in rows.items():
-                        squares[name] = squares[name] + row
+                    for name, column in columns.items():
+                        squares[name] = squares[name] + column
             finally:
                 for handle in handles:
                     handle.remove()
@@ -535,19 +543,26 @@ class _Done(Exception):
     """Ends a forward pass as soon as what was wanted of it is there."""
 
 
-def _row_squares(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> np.ndarray:
-    """Sums (out,) float64 of the squares of each row of a matrix's gradient.
+def column_squares(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], spread: np.ndarray
+) -> np.ndarray:
+    """Sums (in,) float64 of the squares of each column of a matrix's gradient, weighted by row.
 
-    pairs: an input (..., in) of the matrix and the gradient (..., out) at its product, for each
-    time it was used. The gradient of the matrix is there a block of rows at a time.
+    The gradient of the matrix is there a block of rows at a time.
+
+    Args:
+        pairs: an input (..., in) of the matrix and the gradient (..., out) at its product, for each
+            time it was used.
+        spread: (out,) weights.
     """
+    weights = torch.from_numpy(spread).float()
     flat = [(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])) for x, g in pairs]
-    sums = []
+    total = np.zeros(flat[0][0].shape[1])
     for first in range(0, flat[0][1].shape[1], GRADIENT_ROWS):
         rows = slice(first, first + GRADIENT_ROWS)
         block = sum((g[:, rows].T @ x for x, g in flat[1:]), flat[0][1][:, rows].T @ flat[0][0])
-        sums.append(block.square().sum(1, dtype=torch.float64).numpy())
-    return np.concatenate(sums)
+        total += (weights[rows] @ block.square()).double().numpy()
+    return total
 
 
 def _means(

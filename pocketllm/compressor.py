@@ -28,6 +28,7 @@ from .layout import Target, cut, naming, row_statistics
 from .memory import give_back, peak_memory
 from .planning import (
     WINDOW,
+    Harm,
     Plan,
     make_plan,
     predict_speeds,
@@ -39,6 +40,13 @@ from .schema import ModuleSpec
 from .stored import StoredCodec
 from .tensorfile import TensorSource
 from .training import train_codecs
+from .trellis_encode import (
+    column_coding,
+    column_energy,
+    decode,
+    encode_trellis,
+    uniform_coding,
+)
 from .weights import Weights, open_weights
 from .workspace import Workspace, fingerprint, writing
 
@@ -227,7 +235,7 @@ class Compression:
         work = {name: self._work.codecs[name] for name in names}
         return self._progress.steps(f"{len(names)} codecs", work)
 
-    def _sensitivities(self) -> dict[str, float]:
+    def _sensitivities(self) -> dict[str, Harm]:
         """What errors of each matrix harm, from the workspace or measured now."""
         arrays = self.workspace.load("sensitivities")
         if arrays is None:
@@ -243,9 +251,15 @@ class Compression:
                     calibrator, self.weights, self.plan.targets, self.config.seed
                 )
             give_back()
-            arrays = {name: np.array([value], np.float64) for name, value in found.items()}
+            arrays = {f"whole-{n}": np.array([harm.whole], np.float64) for n, harm in found.items()}
+            arrays |= {f"cost-{n}": harm.cost for n, harm in found.items()}
+            arrays |= {f"energy-{n}": harm.energy for n, harm in found.items()}
             self.workspace.store("sensitivities", arrays)
-        return {name: float(value[0]) for name, value in arrays.items()}
+        names = [key.removeprefix("whole-") for key in arrays if key.startswith("whole-")]
+        return {
+            n: Harm(float(arrays[f"whole-{n}"][0]), arrays[f"cost-{n}"], arrays[f"energy-{n}"])
+            for n in names
+        }
 
     def _windows(self, count: int) -> torch.Tensor:
         """Windows of the calibration text."""
@@ -296,12 +310,18 @@ class Compression:
         codec = self.codecs[self.plan.codec_of[target.name]]
         hessian = hessian if self.config.feedback else None
         factors = self._factors(hessian, codec)
+        arrays: dict[str, np.ndarray]
         with naming(target):
             scale, shift = row_statistics(
                 functools.partial(self.weights.parts, target),
                 row_scale=self.config.row_scale,
                 row_shift=self.config.row_shift,
             )
+        if codec.spec.is_trellis:
+            arrays = self._trellis(target, codec, scale, shift, hessian, factors)
+            self.workspace.store(_part(target), arrays)
+            self._load(target)
+            return
         packed, squares, first = [], np.zeros(4), 0
         for weight in self.weights.parts(target):
             part = slice(first, first + len(weight))
@@ -312,7 +332,7 @@ class Compression:
             encoded = encode_rows(rows, weight, codec, hessian, factors=factors)
             packed.append(kernels.pack(encoded.index, codec.spec.index_bits).reshape(-1))
             squares += encoded.squares
-        arrays: dict[str, np.ndarray] = {"packed": np.concatenate(packed), "squares": squares}
+        arrays = {"packed": np.concatenate(packed), "squares": squares}
         if self.config.row_scale:
             arrays["scale"] = rowcode.encode(scale, signed=False)
         if shift is not None:
@@ -320,15 +340,51 @@ class Compression:
         self.workspace.store(_part(target), arrays)
         self._load(target)
 
+    def _trellis(
+        self,
+        target: Target,
+        codec: StoredCodec,
+        scale: np.ndarray,
+        shift: np.ndarray | None,
+        hessian: np.ndarray | None,
+        factors: Factors | None,
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a matrix in trellis codes."""
+        parts = functools.partial(self.weights.parts, target)
+        rate, cost = self.plan.rates[target.name], self.plan.costs.get(target.name)
+        energy = column_energy(parts(), scale, shift)
+        if cost is None:
+            coding = uniform_coding(rate.rate, energy, factors)
+        else:
+            coding = column_coding(rate.row_bytes(len(energy)), energy, cost, factors)
+        made = encode_trellis(parts, scale, shift, coding, codec.parts, hessian, factors)
+        arrays = {
+            "packed": made.packed,
+            "squares": made.squares,
+            "scale": rowcode.encode(made.scale, signed=False),
+            "bits": np.atleast_1d(np.array(coding.bits, np.float64)),
+        }
+        if coding.codes is not None:
+            arrays["columns"] = coding.codes
+        if shift is not None:
+            arrays["shift"] = rowcode.encode(shift, signed=True)
+        return arrays
+
     def _factors(self, hessian: np.ndarray | None, codec: StoredCodec) -> Factors | None:
         """Those of H, made once for matrices that read the same input."""
         if hessian is None or codec.encoder is not None:
             return None
         known, subvector = self._factored, codec.spec.subvector
-        if known is None or known[0] is not hessian or known[1] != subvector:
+        again = not codec.spec.is_trellis
+        if (
+            known is None
+            or known[0] is not hessian
+            or known[1] != subvector
+            or (again and known[2].fixed_feedback is None)
+        ):
             known = self._factored = None
             give_back()
-            known = (hessian, subvector, factorise(hessian, subvector))
+            known = (hessian, subvector, factorise(hessian, subvector, again=again))
             self._factored = known
             give_back()
         return known[2]
@@ -343,8 +399,13 @@ class Compression:
         part = self.workspace.part(_part(target))
         if part is None:
             return False
+        spec = self._spec(target)
+        if "bits" in part:
+            bits = _array(part["bits"])
+            blocks = tuple(int(b) for b in bits) if "columns" in part else float(bits[0])
+            spec = dataclasses.replace(spec, bits=blocks)
         self._modules[target.name] = ModuleData(
-            self._spec(target), part["packed"], part.get("scale"), part.get("shift")
+            spec, part["packed"], part.get("scale"), part.get("shift"), part.get("columns")
         )
         error, output_error = relative_errors(_array(part["squares"]))
         self.errors[target.name] = error
@@ -369,13 +430,25 @@ class Compression:
         """The matrix that the stored one stands for, (out, in) float32."""
         data = self._modules[target.name]
         assert data.packed is not None
+        codec = self.codecs[self.plan.codec_of[target.name]]
+        if codec.spec.is_trellis:
+            assert data.spec.bits is not None and data.scale is not None
+            return decode(
+                _array(data.packed),
+                data.spec.bits,
+                None if data.columns is None else _array(data.columns),
+                codec.parts,
+                rowcode.decode(_array(data.scale), signed=False),
+                None if data.shift is None else rowcode.decode(_array(data.shift), signed=True),
+                target.shape[1],
+            )
         scale = np.ones(target.shape[0], np.float32)
         return kernels.decode_rows(
             _array(data.packed),
             target.shape[1],
             0,
             target.shape[0],
-            self.codecs[self.plan.codec_of[target.name]].view,
+            codec.view,
             scale if data.scale is None else rowcode.decode(_array(data.scale), signed=False),
             None if data.shift is None else rowcode.decode(_array(data.shift), signed=True),
         )

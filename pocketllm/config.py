@@ -15,6 +15,7 @@ NORMS = ("input", "ln", "rln")
 SHARES = ("auto", "tensor", "type", "model")
 TABLE_DTYPES = ("auto", "int8", "float16")
 CODEBOOK_INITS = ("kmeans", "normal", "uniform")
+CODECS = ("auto", "trellis", "codebook")
 MAX_SUBVECTOR = 16
 MAX_CODEBOOK = 65536
 
@@ -42,6 +43,8 @@ class PocketConfig:
         target_size: target size of all weight files in bytes.
         subvector: d, values per sub-vector, 1 to 16.
         codebook: K, codewords, 2 to 65536.
+        codec: what ``bits`` and ``target_size`` choose from: ``"trellis"`` codes, ``"codebook"``
+            shapes, or ``"auto"``: trellis codes unless another setting asks for codebooks.
         prefer: what ``bits`` and ``target_size`` spend on: ``"quality"``, or ``"speed"``: of the
             codebook shapes only those small enough to be looked up in registers, some of them as
             magnitudes with all their signs. With ``subvector`` and ``codebook`` the latter alone.
@@ -78,6 +81,7 @@ class PocketConfig:
     target_size: int | None = None
     subvector: int | None = None
     codebook: int | None = None
+    codec: str = "auto"
     prefer: str = "quality"
     hidden: int = 16
     norm: str = "input"
@@ -101,6 +105,7 @@ class PocketConfig:
     def __post_init__(self) -> None:
         self._check_size()
         for name, choices in (
+            ("codec", CODECS),
             ("prefer", PREFERENCES),
             ("norm", NORMS),
             ("share", SHARES),
@@ -123,8 +128,35 @@ class PocketConfig:
             raise PocketError(
                 'table_dtype: "int8" needs a foldable norm ("input" or "ln"), got norm "rln"'
             )
+        if self.codec == "trellis" and not self._allows_trellis:
+            raise PocketError(
+                'codec: "trellis" goes with bits or target_size, prefer "quality", norm "input",'
+                ' table_dtype "auto" and share "auto"'
+            )
         if not self.row_scale and self.row_shift:
             raise PocketError("row_shift: needs row_scale=True")
+
+    @property
+    def _allows_trellis(self) -> bool:
+        return self.codebook is None and all(
+            getattr(self, name) == value
+            for name, value in (
+                ("prefer", "quality"),
+                ("norm", "input"),
+                ("table_dtype", "auto"),
+                ("share", "auto"),
+                ("codebook_init", "kmeans"),
+                ("hidden", 16),
+                ("epochs", None),
+                ("batch", None),
+                ("row_scale", True),
+            )
+        )
+
+    @property
+    def has_trellis(self) -> bool:
+        """Are sizes met with trellis codes?"""
+        return self.codec != "codebook" and self._allows_trellis
 
     def _check_size(self) -> None:
         if self.bits is not None:

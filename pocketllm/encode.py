@@ -76,22 +76,25 @@ class Factors:
         metric, feedback: (L, d, d) and (L*d, L*d) float32, for a choice that leaves those later in
             the order free to answer: the block LDLᵀ factors.
         fixed_metric, fixed_feedback: the same shapes, for a choice given all others: the diagonal
-            blocks of H, and H over them.
+            blocks of H, and H over them; None where nothing is chosen again.
     """
 
     order: np.ndarray
     metric: np.ndarray
     feedback: np.ndarray
-    fixed_metric: np.ndarray
-    fixed_feedback: np.ndarray
+    fixed_metric: np.ndarray | None
+    fixed_feedback: np.ndarray | None
 
 
-def factorise(hessian: np.ndarray, subvector: int, damping: float = DAMPING) -> Factors:
+def factorise(
+    hessian: np.ndarray, subvector: int, damping: float = DAMPING, *, again: bool = True
+) -> Factors:
     """Factors of H (in, in) in blocks of ``subvector`` columns, in float64.
 
-    ``damping`` is a share of the diagonal that is added to it. Columns that pad the last sub-vector
-    weigh next to nothing. Beside H and the result, half of (in)² doubles are in memory. Each number
-    is computed by one of torch's threads, so that rounding does not depend on how many there are.
+    ``damping`` is a share of the diagonal that is added to it; ``again`` says whether sub-vectors
+    will be chosen again. Columns that pad the last sub-vector weigh next to nothing. Beside H and
+    the result, half of (in)² doubles are in memory. Each number is computed by one of torch's
+    threads, so that rounding does not depend on how many there are.
 
     Raises:
         PocketError: NaN or Inf in H.
@@ -110,9 +113,8 @@ def factorise(hessian: np.ndarray, subvector: int, damping: float = DAMPING) -> 
         diagonal += damping * diagonal + (FLOOR * mean if mean > 0 else 1.0)
         order = torch.argsort(diagonal.view(count, d).sum(1), descending=True, stable=True)
         metric, feedback = _free(h, diagonal, order, each)
-        fixed_metric, fixed_feedback = _fixed(h, diagonal, order, each)
-    parts = (metric, feedback, fixed_metric, fixed_feedback)
-    return Factors(order.numpy(), *(part.numpy() for part in parts))
+        fixed = [part.numpy() for part in _fixed(h, diagonal, order, each)] if again else [None] * 2
+    return Factors(order.numpy(), metric.numpy(), feedback.numpy(), *fixed)
 
 
 class _Rows:
@@ -269,11 +271,12 @@ def encode_rows(
         part = slice(first, first + ROWS_TOGETHER)
         shift = None if rows.shift is None else rows.shift[part]
         made = denormalise(decode(index[part]), weight.shape[1], rows.scale[part], shift)
-        squares += _squares(weight[part], made, hessian)
+        squares += squares_of(weight[part], made, hessian)
     return Encoded(index, rows.scale, rows.shift, squares)
 
 
-def _squares(weight: np.ndarray, made: np.ndarray, hessian: np.ndarray | None) -> np.ndarray:
+def squares_of(weight: np.ndarray, made: np.ndarray, hessian: np.ndarray | None) -> np.ndarray:
+    """The squares of an :class:`Encoded` for rows of a matrix and what is stored of them."""
     gap = weight - made
     plain = [np.square(x).sum(dtype=np.float64) for x in (gap, weight)]
     if hessian is None:
@@ -286,7 +289,7 @@ def _encode_feedback(values: np.ndarray, table: np.ndarray, factors: Factors) ->
     rows, d = len(values), table.shape[1]
     ordered = values.reshape(rows, -1, d)[:, factors.order].reshape(rows, -1)
     found = kernels.encode_feedback(ordered, table, factors.metric, factors.feedback)
-    if AGAIN:
+    if AGAIN and factors.fixed_metric is not None and factors.fixed_feedback is not None:
         fixed = factors.fixed_metric, factors.fixed_feedback
         found = kernels.encode_feedback(ordered, table, *fixed, found, AGAIN)
     index = np.empty_like(found)

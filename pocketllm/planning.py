@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .allocate import Shape, allocate, codec_bits, is_symmetric, payload_bits
+from . import trellis
+from .allocate import Rate, Rung, Shape, allocate, codec_bits, is_symmetric, payload_bits
 from .config import PocketConfig
 from .errors import PocketError
 from .layout import Dense, Target, subvector_count, walk
 from .schema import CodecSpec, row_stride_bytes
+from .trellis_bits import expected_error, shared_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +49,13 @@ ENCODING = 160 * 2**20
 # Rows x columns that codecs and the dense layer are timed with: the dense one larger than caches
 # are, as models are.
 TIMED, TIMED_DENSE = (1024, 4096), (4096, 4096)
+# Name of the one codec of trellis codes.
+TRELLIS = "trellis"
+# Operations that levels take to fit, in weights that are coded once.
+FIT_WEIGHTS = 50 * 2**16
+# Columns get bits of their own where that is predicted to leave at most this share of the harm, at
+# so many bits.
+WORTHWHILE, WORTHWHILE_BITS = 0.9, 3.0
 # Bytes of a safetensors header entry and of its checksum, besides twice the tensor's name.
 ENTRY_BYTES = 140
 
@@ -60,6 +69,9 @@ class Plan:
         dense: matrix-shaped parameters that stay dense, with reasons.
         codecs: codec name -> specification.
         codec_of: target name -> codec name.
+        rates: target name -> rate of its trellis codes, if it has such.
+        costs: names of those whose columns have bits of their own -> (in,) what an error in each
+            column costs.
         dense_bytes: bytes of everything stored as it is.
         bytes: predicted size of all weight files.
         bytes_bf16: size of the dense model's weights in bf16, tied matrices once.
@@ -74,6 +86,8 @@ class Plan:
     dense: list[Dense]
     codecs: dict[str, CodecSpec]
     codec_of: dict[str, str]
+    rates: dict[str, Rate]
+    costs: dict[str, np.ndarray]
     dense_bytes: int
     bytes: int
     bytes_bf16: int
@@ -88,15 +102,30 @@ class Plan:
         return sum(t.weights for t in self.targets)
 
 
+@dataclasses.dataclass(frozen=True)
+class Harm:
+    """What errors in one matrix do (:func:`pocketllm.sensitivity.sensitivities`).
+
+    Attributes:
+        whole: of a relative squared error of 1 in every row.
+        cost: (in,) share of each column in it.
+        energy: (in,) mean square of each column, 1 on average.
+    """
+
+    whole: float
+    cost: np.ndarray
+    energy: np.ndarray
+
+
 def make_plan(
-    model: nn.Module, config: PocketConfig, harm_of: Mapping[str, float] | None = None
+    model: nn.Module, config: PocketConfig, harm_of: Mapping[str, Harm] | None = None
 ) -> Plan:
     """Decide what is compressed, with which codecs, and predict the size.
 
     Args:
         model: its modules, with or without storage.
         config: settings.
-        harm_of: what errors of each matrix do (:func:`pocketllm.sensitivity.sensitivities`).
+        harm_of: what errors of each matrix do; None before that is known.
 
     Raises:
         PocketError: nothing to compress, or a size that cannot be met.
@@ -108,13 +137,24 @@ def make_plan(
     dense_bytes, bytes_bf16 = _dense_bytes(model, targets)
     if config.codebook is not None:
         assert config.subvector is not None
-        shapes = {t.name: Shape(config.subvector, config.codebook) for t in targets}
+        shapes: dict[str, Rung] = {
+            t.name: Shape(config.subvector, config.codebook) for t in targets
+        }
+        shares: dict[str, np.ndarray] = {}
     else:
         budget = _budget_bits(config, targets, dense_bytes)
-        shapes = _allocate(config, targets, budget, harm_of)
+        shares = _shares(config, targets, harm_of)
+        shapes = _allocate(config, targets, budget, harm_of, shares)
     codecs, codec_of = _codecs(config, targets, shapes)
+    rates = {name: rung for name, rung in shapes.items() if isinstance(rung, Rate)}
     bits = sum(map(codec_bits, codecs.values())) + sum(
-        payload_bits(t, shapes[t.name], row_scale=config.row_scale, row_shift=config.row_shift)
+        payload_bits(
+            t,
+            shapes[t.name],
+            row_scale=config.row_scale,
+            row_shift=config.row_shift,
+            shares=shares.get(t.name),
+        )
         for t in targets
     )
     return Plan(
@@ -122,6 +162,8 @@ def make_plan(
         dense=dense,
         codecs=codecs,
         codec_of=codec_of,
+        rates=rates,
+        costs={n: harm_of[n].cost for n in shares if n in rates and harm_of},
         dense_bytes=dense_bytes,
         bytes=dense_bytes + bits // 8 + _entry_bytes(targets),
         bytes_bf16=bytes_bf16,
@@ -162,10 +204,16 @@ def predict_work(plan: Plan, config: PocketConfig) -> Work:
     from .precision import bfloat16_factors
 
     search, flops = _seconds_per_search_unit(), _matmul_flops()
+    step = _seconds_per_coded_weight() if plan.rates else 0.0
     sub_vectors = dict.fromkeys(plan.codecs, 0)
     matrices = {}
     for target in plan.targets:
         codec = plan.codecs[plan.codec_of[target.name]]
+        if codec.is_trellis:
+            matrices[target.name] = target.weights * step
+            if config.calibration is not None:
+                matrices[target.name] += target.weights * target.shape[1] / flops
+            continue
         count = (
             target.weights // target.shape[1] * subvector_count(target.shape[1], codec.subvector)
         )
@@ -176,6 +224,9 @@ def predict_work(plan: Plan, config: PocketConfig) -> Work:
             matrices[target.name] += 2 * CHOICES * target.weights * target.shape[1] / flops
     codecs = {}
     for name, codec in plan.codecs.items():
+        if codec.is_trellis:
+            codecs[name] = FIT_WEIGHTS * step
+            continue
         sample = min(sub_vectors[name], training_subvectors(codec.codebook))
         codecs[name] = search * SEARCHES * sample * codec.codebook * codec.subvector
         codecs[name] += sample * STEP_FLOPS * codec.hidden * codec.subvector / flops
@@ -200,19 +251,30 @@ def predict_speeds(plan: Plan, config: PocketConfig) -> dict[str, float]:
     product = _fastest(lambda: torch.nn.functional.linear(half, dense), time.thread_time)
     expected = product * TIMED[0] * TIMED[1] / (rows * columns)
     kinds = {name: dataclasses.replace(codec, name="") for name, codec in plan.codecs.items()}
+    rates = [rate.quarters for rate in plan.rates.values()]
+    rate = Rate(round(sum(rates) / len(rates))) if rates else None
     speeds = {
-        k: expected / _product_seconds(k, config.prefer, token.numpy()) for k in set(kinds.values())
+        k: expected / _product_seconds(k, rate, config.prefer, token.numpy())
+        for k in set(kinds.values())
     }
     return {name: speeds[kind] for name, kind in kinds.items()}
 
 
-def _product_seconds(spec: CodecSpec, prefer: str, token: np.ndarray) -> float:
-    """Seconds of one token's product with a random matrix."""
+def _product_seconds(spec: CodecSpec, rate: Rate | None, prefer: str, token: np.ndarray) -> float:
+    """Seconds of one token's product with a random matrix, in trellis codes of this rate."""
     from . import kernels
     from .stored import with_signs
 
     rows, columns = TIMED
     random = np.random.default_rng(0)
+    scale = np.ones(rows, np.float32)
+    if spec.is_trellis:
+        assert rate is not None
+        size = trellis.payload_bytes(rate.rate, rows, columns)
+        codes = random.integers(0, 256, size, dtype=np.uint8)
+        blocks, extra = trellis.block_bits(rate.rate, columns)
+        levels = kernels.TrellisView(blocks, extra, np.ones(trellis.MAGNITUDES, np.int8))
+        return _fastest(lambda: kernels.matmul(token, codes, rows, levels, scale), time.thread_time)
     stride = row_stride_bytes(columns, spec.subvector, spec.index_bits)
     packed = random.integers(0, 256, rows * stride, dtype=np.uint8)
     table: np.ndarray = np.ones((spec.codebook, spec.subvector), np.float32)
@@ -227,7 +289,6 @@ def _product_seconds(spec: CodecSpec, prefer: str, token: np.ndarray) -> float:
     view = kernels.CodecView(
         spec.subvector, spec.codebook, spec.index_bits, table, 1.0, decoder, spec.hidden, spec.norm
     )
-    scale = np.ones(rows, np.float32)
     return _fastest(lambda: kernels.matmul(token, packed, rows, view, scale), time.thread_time)
 
 
@@ -236,7 +297,9 @@ def training_subvectors(codewords: int) -> int:
     return max(TRAINING_SUBVECTORS, TRAINING_PER_CODEWORD * codewords)
 
 
-def _spec(config: PocketConfig, shape: Shape, name: str = "") -> CodecSpec:
+def _spec(config: PocketConfig, shape: Rung, name: str = "") -> CodecSpec:
+    if isinstance(shape, Rate):
+        return CodecSpec.trellis(name)
     storage = "table-float16" if config.table_dtype == "float16" else "table-int8"
     if config.norm == "rln":
         storage = "decoder"
@@ -282,13 +345,15 @@ def _share(config: PocketConfig, shape: Shape, bits: float) -> str:
 
 
 def _group_names(
-    config: PocketConfig, targets: Sequence[Target], shapes: Mapping[str, Shape]
+    config: PocketConfig, targets: Sequence[Target], shapes: Mapping[str, Rung]
 ) -> dict[str, str]:
-    """Target name -> name of the group that shares a codec, of those that have the same shape."""
+    """Target name -> name of the group that shares a codec, of those that have the same shape; all
+    trellis codes share one."""
     by_role: dict[tuple[str, Shape], int] = {}
     for target in targets:
-        if not target.tied_to:
-            key = target.role, shapes[target.name]
+        shape = shapes[target.name]
+        if not target.tied_to and isinstance(shape, Shape):
+            key = target.role, shape
             by_role[key] = by_role.get(key, 0) + target.weights
     share_of = {
         (role, shape): _share(config, shape, weights * shape.rate)
@@ -296,9 +361,13 @@ def _group_names(
     }
     names = {}
     for target in targets:
+        shape = shapes[target.name]
         if target.tied_to:
             continue
-        share = share_of[target.role, shapes[target.name]]
+        if isinstance(shape, Rate):
+            names[target.name] = TRELLIS
+            continue
+        share = share_of[target.role, shape]
         names[target.name] = {
             "model": "shared",
             "type": target.role.replace(".", "_"),
@@ -307,12 +376,35 @@ def _group_names(
     return names | {t.name: names[t.tied_to] for t in targets if t.tied_to}
 
 
+def _shares(
+    config: PocketConfig, targets: list[Target], harm_of: Mapping[str, Harm] | None
+) -> dict[str, np.ndarray]:
+    """Names of the targets whose columns get bits of their own -> (in,) what an error of a column's
+    own variance costs."""
+    shares: dict[str, np.ndarray] = {}
+    if not config.has_trellis or harm_of is None:
+        return shares
+    for target in targets:
+        if target.tied_to or target.kind == "embedding":
+            continue
+        rows, columns = target.shape
+        harm = harm_of[target.name]
+        own = harm.cost * harm.energy
+        left = WORTHWHILE_BITS - 8 / rows  # the byte that each column takes
+        if shared_error(own, int(left * columns / 8)) < WORTHWHILE * expected_error(
+            WORTHWHILE_BITS
+        ):
+            shares[target.name] = own
+    return shares
+
+
 def _allocate(
     config: PocketConfig,
     targets: list[Target],
     budget: float,
-    harm_of: Mapping[str, float] | None,
-) -> dict[str, Shape]:
+    harm_of: Mapping[str, Harm] | None,
+    shares: Mapping[str, np.ndarray],
+) -> dict[str, Rung]:
     owners = [t for t in targets if not t.tied_to]
     return allocate(
         targets,
@@ -321,13 +413,14 @@ def _allocate(
         row_scale=config.row_scale,
         row_shift=config.row_shift,
         groups_of=lambda shapes: _group_names(config, owners, shapes),
-        harm_of=harm_of,
-        prefer=config.prefer,
+        harm_of=None if harm_of is None else {name: h.whole for name, h in harm_of.items()},
+        shares_of=shares,
+        ladder=TRELLIS if config.has_trellis else config.prefer,
     )
 
 
 def _codecs(
-    config: PocketConfig, targets: list[Target], shapes: dict[str, Shape]
+    config: PocketConfig, targets: list[Target], shapes: dict[str, Rung]
 ) -> tuple[dict[str, CodecSpec], dict[str, str]]:
     codecs: dict[str, CodecSpec] = {}
     codec_of: dict[str, str] = {}
@@ -335,6 +428,10 @@ def _codecs(
     groups = _group_names(config, targets, shapes)
     for target in targets:
         shape = shapes[target.name]
+        if isinstance(shape, Rate):
+            codecs[TRELLIS] = _spec(config, shape, TRELLIS)
+            codec_of[target.name] = TRELLIS
+            continue
         name = f"{groups[target.name]}_d{shape.subvector}k{shape.codewords}"
         codecs[name] = _spec(config, shape, name)
         codec_of[target.name] = name
@@ -381,6 +478,19 @@ def _seconds_per_search_unit() -> float:
     queries = generator.standard_normal((16384, 4), np.float32)
     codebook = generator.standard_normal((1024, 4), np.float32)
     return _fastest(lambda: kernels.nearest(queries, codebook)) / (queries.size * len(codebook))
+
+
+def _seconds_per_coded_weight() -> float:
+    """Seconds of choosing the trellis codes of one weight, without feedback."""
+    from . import kernels
+
+    rows, columns = 512, 16
+    x = np.random.default_rng(0).standard_normal((rows, columns), np.float32)
+    bits, level = np.full(columns, 3, np.uint8), np.ones(trellis.MAGNITUDES, np.float32)
+    weight, factor = np.ones(rows, np.float32), np.ones(columns, np.float32)
+    return (
+        _fastest(lambda: kernels.encode_trellis(x, weight, None, bits, 0, factor, level)) / x.size
+    )
 
 
 def _matmul_flops() -> float:

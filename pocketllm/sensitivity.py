@@ -4,7 +4,8 @@ With small errors δ in the weights the model's predictions move by KL ≈ ½ δ
 and g is the gradient of the log-probability of a token drawn from the model's own prediction
 (Kunstner et al., arXiv 1905.12558, section 2). Errors of quantised rows are about isotropic, so one
 number a matrix says what a relative squared error of 1 would cost: ½ Σ_rc s_r² E[g_rc²], s_r the
-root mean square of row r. It differs between matrices of one model by three orders of magnitude; a
+root mean square of row r; where columns may get bits of their own, the terms of each say how they
+share it. It differs between matrices of one model by three orders of magnitude; a
 few windows are enough to find that, and tokens drawn at random are nearly as good as text.
 
 The gradient of a window's sum stands for the sum over its tokens: where tokens are drawn from the
@@ -20,9 +21,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
-from .calibrate import Calibrator
+from .calibrate import Calibrator, column_squares
 from .layout import Target
 from .memory import give_back
+from .planning import Harm
 from .weights import Weights
 
 # Windows looked at, and tokens of one at most: what a layer computes on a window is kept until its
@@ -34,6 +36,8 @@ ROWS = 8192
 # Least harm, as a share of what a matrix of this size does on average: where these few tokens never
 # came by, others may.
 LEAST = 0.02
+# The same of a column, as a share of the average column.
+LEAST_OF_COLUMN = 1e-4
 
 
 def random_windows(vocabulary: int, length: int, seed: int) -> torch.Tensor:
@@ -50,7 +54,7 @@ def shortened(windows: torch.Tensor) -> torch.Tensor:
 
 def sensitivities(
     calibrator: Calibrator, weights: Weights, targets: Sequence[Target], seed: int
-) -> dict[str, float]:
+) -> dict[str, Harm]:
     """What a relative squared error of 1 would cost in each matrix, in nats a token.
 
     Args:
@@ -60,15 +64,16 @@ def sensitivities(
         seed: of the tokens drawn from the predictions.
 
     Returns:
-        Name of every target that owns a matrix -> a number above zero, rounded to three digits, so
-        that small differences in rounding do not matter.
+        Name of every target that owns a matrix -> its harm, numbers above zero, rounded to three
+        digits, so that small differences in rounding do not matter.
 
     Raises:
         PocketError: the model has no output head.
     """
     owners = {t.name: t for t in targets if not t.tied_to}
-    spread = {name: _row_spread(weights, t) for name, t in owners.items()}
-    found = dict.fromkeys(owners, 0.0)
+    statistics = {name: _mean_squares(weights, t) for name, t in owners.items()}
+    spread = {name: rows for name, (rows, _) in statistics.items()}
+    found = {name: np.zeros(t.shape[1]) for name, t in owners.items()}
     states = [calibrator.first_inputs()]
     for index in range(len(calibrator)):
         states.append(calibrator.forward(index, states[-1]))
@@ -78,21 +83,26 @@ def sensitivities(
     outputs = states.pop()
     gradients = calibrator.backward_head(outputs, head.pull)
     outputs.close()
-    for name, value in head.harm.items():
-        found[name] += value
+    for name, columns in head.harm.items():
+        found[name] = found[name] + columns
     for index in reversed(range(len(calibrator))):
-        gradients, squares = calibrator.backward(index, states[index], gradients)
+        gradients, squares = calibrator.backward(index, states[index], gradients, spread)
         if index > 0:
             states.pop().close()
-        for name, rows in squares.items():
-            found[name] += float((rows * spread[name]).sum())
+        for name, columns in squares.items():
+            found[name] = found[name] + columns
         give_back()
     embedding = _name_of(calibrator.model, calibrator.model.get_input_embeddings())
     if embedding in owners:
-        found[embedding] += _embedding_harm(calibrator, spread[embedding], states[0], gradients)
+        harm = _embedding_harm(calibrator, spread[embedding], states[0], gradients)
+        found[embedding] = found[embedding] + harm / len(found[embedding])
     states[0].close()
-    tokens = calibrator.windows.numel()
-    return _rounded({name: 0.5 * value / tokens for name, value in found.items()}, owners)
+    scale = 0.5 / calibrator.windows.numel()
+    wholes = _rounded({name: scale * float(c.sum()) for name, c in found.items()}, owners)
+    return {
+        name: Harm(whole, _shares(found[name]), _shares(statistics[name][1]) * len(found[name]))
+        for name, whole in wholes.items()
+    }
 
 
 class _Head:
@@ -101,7 +111,7 @@ class _Head:
     Its bias, and what a model does to logits behind it, is left out.
 
     Attributes:
-        harm: name of the head's matrix -> its own harm so far, when it is a target.
+        harm: name of the head's matrix -> that of its columns so far, when it is a target.
     """
 
     def __init__(
@@ -120,13 +130,13 @@ class _Head:
         self._weights = weights
         self._spread = spread.get(name)
         self._seed = seed
-        self._harm_of_window: dict[int, float] = {}
+        self._harm_of_window: dict[int, np.ndarray] = {}
 
     @property
-    def harm(self) -> dict[str, float]:
+    def harm(self) -> dict[str, np.ndarray]:
         """See the class."""
         found = sum(self._harm_of_window[w] for w in sorted(self._harm_of_window))
-        return {} if self._spread is None else {self._target.name: found}
+        return {} if self._spread is None else {self._target.name: np.asarray(found)}
 
     def pull(self, window: int, x: torch.Tensor) -> torch.Tensor:
         """The gradient at x (length, hidden) of minus the log-probability of the tokens drawn."""
@@ -141,15 +151,14 @@ class _Head:
             top, at = (logits - waits.log()).max(1)
             drawn = torch.where(top > best, at + first, drawn)
             best = torch.maximum(best, top)
-        gradient, harm = torch.zeros_like(x), 0.0
+        gradient, harm = torch.zeros_like(x), np.zeros(x.shape[1])
         for first, tile in self._tiles():
             error = (x @ tile.T - norm[:, None]).exp_()
             here = torch.nonzero((drawn >= first) & (drawn < first + len(tile)))[:, 0]
             error[here, drawn[here] - first] -= 1.0
             gradient += error @ tile
             if self._spread is not None:
-                rows = (error.T @ x).square().sum(1, dtype=torch.float64).numpy()
-                harm += float((rows * self._spread[first : first + len(tile)]).sum())
+                harm += column_squares([(x, error)], self._spread[first : first + len(tile)])
         self._harm_of_window[window] = harm
         return gradient
 
@@ -164,10 +173,24 @@ def _rows(weights: Weights, target: Target, first: int) -> torch.Tensor:
     return torch.from_numpy(weights.rows(target, index))
 
 
-def _row_spread(weights: Weights, target: Target) -> np.ndarray:
-    """Mean square of every row, (out,) float64."""
-    parts = weights.parts(target)
-    return np.concatenate([np.square(part, dtype=np.float64).mean(1) for part in parts])
+def _mean_squares(weights: Weights, target: Target) -> tuple[np.ndarray, np.ndarray]:
+    """Mean square of every row (out,) and sum of the squares of every column (in,), float64."""
+    rows, columns = [], np.zeros(target.shape[1])
+    for part in weights.parts(target):
+        squares = np.square(part, dtype=np.float64)
+        rows.append(squares.mean(1))
+        columns += squares.sum(0)
+    return np.concatenate(rows), columns
+
+
+def _shares(columns: np.ndarray) -> np.ndarray:
+    """Of each column in a whole of 1, float32, to three digits; none is left without any."""
+    whole = columns.sum()
+    if not (np.isfinite(whole) and whole > 0):
+        return np.full(len(columns), 1 / len(columns), np.float32)
+    shares = np.maximum(columns / whole, LEAST_OF_COLUMN / len(columns))
+    places = 10.0 ** (2 - np.floor(np.log10(shares)))
+    return (np.rint(shares * places) / places).astype(np.float32)
 
 
 def _embedding_harm(

@@ -19,9 +19,12 @@ from .parallel import thread_pool
 from .planning import Plan, training_subvectors
 from .schema import CodecSpec
 from .stored import StoredCodec, train_stored_codec
+from .trellis_encode import FIT_ROWS, FIT_WEIGHTS, fit_magnitudes
 from .weights import Weights
 from .workspace import Workspace
 
+# Times as many rows as would do are read for the sample that levels are fitted to.
+ROWS_APART = 4
 # Bytes of the sub-vectors that the codecs in training hold together, a small part of their memory.
 HELD_TOGETHER = 2**26
 
@@ -63,9 +66,13 @@ def train_codecs(
                     raise CancelledError
                 show(name, share)
 
-            rows = _training_rows(name, plan, weights, config)
-            trained = train_stored_codec(rows, plan.codecs[name], config, shown)
-            warnings[name], found[name] = trained.warnings, trained.arrays()
+            spec = plan.codecs[name]
+            if spec.is_trellis:
+                found[name] = fit_magnitudes(_level_sample(name, plan, weights, config))
+            else:
+                rows = _training_rows(name, plan, weights, config)
+                trained = train_stored_codec(rows, spec, config, shown)
+                warnings[name], found[name] = trained.warnings, trained.arrays()
             workspace.store(parts[name], found[name])
 
         # The long ones first: threads end together.
@@ -89,8 +96,32 @@ def train_codecs(
 
 
 def _bytes(spec: CodecSpec) -> int:
-    """Of the sub-vectors that a codec is trained on."""
+    """Of the sub-vectors that a codec is trained on, or the weights that levels are fitted to."""
+    if spec.is_trellis:
+        return 4 * FIT_WEIGHTS
     return 4 * training_subvectors(spec.codebook) * spec.subvector
+
+
+def _level_sample(name: str, plan: Plan, weights: Weights, config: PocketConfig) -> np.ndarray:
+    """Weights of matrices in trellis codes in the units of their rows, a seeded sample of variance
+    1, as columns (FIT_ROWS, columns): those of all columns alike where there are any."""
+    owners = [t for t in plan.targets if plan.codec_of[t.name] == name and not t.tied_to]
+    alike = [t for t in owners if t.name not in plan.costs] or owners
+    rng = np.random.default_rng([config.seed, 4])
+    total = sum(t.weights for t in alike)
+    found = []
+    for target in alike:
+        wanted = min(target.weights, -(-FIT_WEIGHTS * target.weights // total))
+        count = min(target.shape[0], -(-wanted // target.shape[1]) * ROWS_APART)
+        index = np.sort(rng.choice(target.shape[0], count, replace=False))
+        with naming(target):
+            values = normalise(weights.rows(target, index), 1, row_shift=config.row_shift).values
+        found.append(rng.choice(values.ravel(), min(wanted, values.size), replace=False))
+    sample = rng.permutation(np.concatenate(found))
+    rows = min(FIT_ROWS, len(sample))
+    sample = sample[: len(sample) // rows * rows]
+    spread = sample.std()
+    return (sample / spread if spread > 0 else sample).reshape(rows, -1)
 
 
 def _training_rows(

@@ -11,6 +11,7 @@ Files are read, not mapped: pages of a mapping count as memory of the process.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import trellis
 from .dense import load_model, meta_model, quiet
 from .errors import PocketError
 from .hf import dense_tensors, dtype_name, saved_tensors, tensor_bytes
@@ -374,10 +376,13 @@ def _parameter(tensor: torch.Tensor) -> nn.Parameter:
 
 
 def row_ranges(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """First row and number of rows of the parts in which a matrix is encoded."""
-    step = max(1, ENCODED_TOGETHER // max(1, shape[1]))
-    for first in range(0, shape[0], step):
-        yield first, min(step, shape[0] - first)
+    """First row and number of rows of the parts in which a matrix is encoded: whole segments."""
+    rows = shape[0]
+    segments = max(1, ENCODED_TOGETHER // max(1, shape[1]) // trellis.SEGMENT)
+    step = segments * trellis.SEGMENT
+    ends = [*range(step, rows - trellis.SEGMENT + 1, step), rows] if rows else []
+    for first, end in itertools.pairwise([0, *ends]):
+        yield first, end - first
 
 
 def _parts(tensor: StoredTensor) -> Iterator[tuple[int, int]]:

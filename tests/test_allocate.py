@@ -10,6 +10,8 @@ import pytest
 
 from pocketllm.allocate import (
     LADDERS,
+    Rate,
+    Rung,
     Shape,
     allocate,
     codec_bits,
@@ -21,11 +23,13 @@ from pocketllm.layout import Target
 from pocketllm.schema import CodecSpec
 
 
-def spec_of(shape: Shape) -> CodecSpec:
+def spec_of(shape: Rung) -> CodecSpec:
+    if isinstance(shape, Rate):
+        return CodecSpec.trellis("t")
     return CodecSpec("c", shape.subvector, shape.codewords, 16, "input", "table-int8")
 
 
-def together(shapes: Mapping[str, Shape]) -> dict[str, str]:
+def together(shapes: Mapping[str, Rung]) -> dict[str, str]:
     return dict.fromkeys(shapes, "g")
 
 
@@ -41,14 +45,14 @@ def model_targets() -> list[Target]:
     ]
 
 
-def total_bits(targets: list[Target], shapes: dict[str, Shape]) -> int:
+def total_bits(targets: list[Target], shapes: dict[str, Rung]) -> int:
     payload = sum(payload_bits(t, shapes[t.name], row_scale=True, row_shift=False) for t in targets)
-    return payload + sum(codec_bits(spec_of(s)) for s in set(shapes.values()))
+    return payload + sum(codec_bits(spec) for spec in set(map(spec_of, shapes.values())))
 
 
-@pytest.mark.parametrize("prefer", LADDERS)
+@pytest.mark.parametrize("ladder", LADDERS)
 @pytest.mark.parametrize("bits", [0.8, 1.1, 2.0, 2.37, 3.0, 3.4, 4.0, 5.1, 7.5])
-def test_budget_is_met_and_used(bits: float, prefer: str) -> None:
+def test_budget_is_met_and_used(bits: float, ladder: str) -> None:
     targets = model_targets()
     weights = sum(t.weights for t in targets)
     shapes = allocate(
@@ -56,13 +60,13 @@ def test_budget_is_met_and_used(bits: float, prefer: str) -> None:
         bits * weights,
         spec_of=spec_of,
         groups_of=together,
-        prefer=prefer,
+        ladder=ladder,
     )
     spent = total_bits(targets, shapes) / weights
     assert spent <= bits
     assert spent > bits - 0.15
     assert shapes["head"] == shapes["embed"]
-    assert set(shapes.values()) <= set(LADDERS[prefer])
+    assert set(shapes.values()) <= set(LADDERS[ladder])
 
 
 def test_the_embedding_gets_more_bits_than_a_layer() -> None:
@@ -94,6 +98,33 @@ def test_a_sensitive_matrix_gets_its_bits_from_the_others() -> None:
     )
 
 
+def test_columns_that_differ_save_bits() -> None:
+    """A matrix whose harm is in few columns needs fewer bits, and others get them."""
+    targets = [t for t in model_targets() if t.kind == "linear"]
+    weights = sum(t.weights for t in targets)
+    few = np.sort(np.exp(3 * np.random.default_rng(0).standard_normal(766)))
+    shares = {t.name: few / few.sum() for t in targets if t.name.endswith("down")}
+    alike, apart = (
+        allocate(
+            targets,
+            3 * weights,
+            spec_of=spec_of,
+            groups_of=together,
+            shares_of=given,
+            ladder="trellis",
+        )
+        for given in ({}, shares)
+    )
+    for target in targets:
+        less = target.name in shares
+        assert (apart[target.name].rate < alike[target.name].rate) == less
+    spent = sum(
+        payload_bits(t, apart[t.name], row_scale=True, row_shift=False, shares=shares.get(t.name))
+        for t in targets
+    )
+    assert 2.9 * weights < spent <= 3 * weights
+
+
 def test_no_codebook_is_larger_than_the_matrix() -> None:
     targets = [Target("a", "linear", (16, 16), "a"), Target("b", "linear", (256, 256), "b")]
     shapes = allocate(targets, 6 * 65792, spec_of=spec_of, groups_of=together)
@@ -123,11 +154,19 @@ def test_index_bits_and_payload() -> None:
     # 3 sub-vectors of 4 -> 3 indices of 5 bits -> 2 bytes a row; scale, shift: 1 + 3 bytes each.
     bits = payload_bits(target, Shape(4, 32), row_scale=True, row_shift=True)
     assert bits == 3 * 16 + 2 * 8 * (1 + 3)
+    # Two planes of 2 bytes a row, and a third in two of four rows: here in the second.
+    bits = payload_bits(target, Rate(10), row_scale=True, row_shift=False)
+    assert bits == (2 * 4 + 6) * 8 + 8 * (1 + 3)
+    # Of 300 columns two blocks take a row's 37 bytes, 16 a bit; each column has a byte.
+    wide = Target("w", "linear", (3, 300), "w")
+    shares = np.r_[np.full(128, 0.004), np.full(172, 0.002)]
+    bits = payload_bits(wide, Rate(4), row_scale=True, row_shift=False, shares=shares)
+    assert bits == 3 * 8 * 32 + 8 * (1 + 3) + 8 * 300
 
 
 def test_predicted_errors_fall_with_the_rate() -> None:
-    for prefer, ladder in LADDERS.items():
-        errors = [predicted_error(s, prefer) for s in sorted(ladder, key=lambda s: s.rate)]
+    for name, ladder in LADDERS.items():
+        errors = [predicted_error(s, name) for s in sorted(ladder, key=lambda s: s.rate)]
         assert all(a > b for a, b in zip(errors, errors[1:], strict=False))
     rng = np.random.default_rng(0)
     x = rng.standard_normal(20000)

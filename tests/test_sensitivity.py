@@ -34,9 +34,11 @@ def test_backward_is_autograd_layer_by_layer(architecture: str) -> None:
         for index in range(len(calibrator)):
             states.append(calibrator.forward(index, states[-1]))
         gradients = calibrator.backward_head(states[-1], lambda window, x: pulled[window])
+        rng = np.random.default_rng(0)
+        spread = {t.name: rng.uniform(0.5, 2, t.shape[0]) for t in targets}
         squares: dict[str, np.ndarray] = {}
         for index in reversed(range(len(calibrator))):
-            gradients, found = calibrator.backward(index, states[index], gradients)
+            gradients, found = calibrator.backward(index, states[index], gradients, spread)
             squares |= found
     assert squares.keys() == {t.name for t in targets}
 
@@ -58,15 +60,17 @@ def test_backward_is_autograd_layer_by_layer(architecture: str) -> None:
         for target in targets:
             gradient = model.get_submodule(target.name).weight.grad.double()
             gradient = gradient.T if target.kind == "conv1d" else gradient
-            expected[target.name] = expected[target.name] + gradient.square().sum(1).numpy()
-    for name, rows in squares.items():
-        np.testing.assert_allclose(rows, expected[name], rtol=2e-3, atol=1e-9)
+            columns = (gradient.square() * torch.from_numpy(spread[target.name])[:, None]).sum(0)
+            expected[target.name] = expected[target.name] + columns.numpy()
+    for name, columns in squares.items():
+        np.testing.assert_allclose(columns, expected[name], rtol=2e-3, atol=1e-9)
 
 
 def whole_expectation(
     model: nn.Module, windows: torch.Tensor, targets: list[Target]
-) -> dict[str, float]:
-    """½ Σ s_r² E[g²] a token, the expectation taken over every token of the vocabulary."""
+) -> dict[str, np.ndarray]:
+    """½ Σ_r s_r² E[g²] a token of each column, the expectation taken over every token of the
+    vocabulary."""
     owners = [t for t in targets if not t.tied_to]
     spread = {}
     for target in owners:
@@ -74,16 +78,18 @@ def whole_expectation(
         axis = 0 if target.kind == "conv1d" else 1
         spread[target.name] = weight.square().mean(axis, keepdim=True)
     model.requires_grad_(True)
-    found = dict.fromkeys(spread, 0.0)
+    found = {t.name: np.zeros(t.shape[1]) for t in owners}
     for window in windows:
         scores = torch.log_softmax(model(input_ids=window[None], use_cache=False).logits[0], -1)
         for position in scores:
             for score in position:
                 model.zero_grad()
                 score.backward(retain_graph=True)
-                for name in found:
-                    squares = model.get_submodule(name).weight.grad.square()
-                    found[name] += float(score.detach().exp() * (squares * spread[name]).sum())
+                for target in owners:
+                    squares = model.get_submodule(target.name).weight.grad.square()
+                    columns = squares * spread[target.name] * score.detach().exp()
+                    axis = 1 if target.kind == "conv1d" else 0
+                    found[target.name] += columns.sum(axis).double().numpy()
     model.requires_grad_(False)
     return {name: 0.5 * value / windows.numel() for name, value in found.items()}
 
@@ -97,10 +103,19 @@ def test_draws_agree_with_the_whole_expectation(architecture: str) -> None:
     with opened(model, windows, targets) as calibrator:
         drawn = [sensitivities(calibrator, weights, targets, seed) for seed in range(30)]
     expected = whole_expectation(model, windows, targets)
-    floor = LEAST * sum(expected.values()) / sum(t.weights for t in targets)
+    floor = LEAST * sum(v.sum() for v in expected.values()) / sum(t.weights for t in targets)
     for target in targets:
-        mean = np.mean([d[target.name] for d in drawn])
-        assert mean == pytest.approx(max(expected[target.name], floor * target.weights), rel=0.4)
+        mean = np.mean([d[target.name].whole for d in drawn])
+        whole = expected[target.name].sum()
+        assert mean == pytest.approx(max(whole, floor * target.weights), rel=0.4)
+        cost = np.mean([d[target.name].whole * d[target.name].cost for d in drawn], 0)
+        if whole > floor * target.weights:
+            assert np.corrcoef(cost, expected[target.name])[0, 1] > 0.8
+        weight = model.get_submodule(target.name).weight.detach().double()
+        weight = weight.T if target.kind == "conv1d" else weight
+        energy = (weight.square().mean(0) / weight.square().mean()).numpy()
+        np.testing.assert_allclose(drawn[0][target.name].energy, energy, rtol=6e-3)
+        assert drawn[0][target.name].cost.sum() == pytest.approx(1, rel=0.01)
 
 
 def test_embeddings_and_head() -> None:
@@ -123,7 +138,7 @@ def test_embeddings_and_head() -> None:
         nn.functional.cross_entropy(logits, token, reduction="sum").backward()
         expected += float((weight.grad.square() * spread).sum()) / 30
     expected *= 0.5 / windows.numel()
-    mean = np.mean([d["model.embed_tokens"] for d in drawn])
+    mean = np.mean([d["model.embed_tokens"].whole for d in drawn])
     assert mean == pytest.approx(expected, rel=0.4)
 
 
@@ -137,8 +152,12 @@ def test_workers_do_not_matter() -> None:
         names = [t.name for t in targets]
         with Calibrator(model, windows, names, workers=workers) as calibrator:
             found.append(sensitivities(calibrator, LoadedWeights(model), targets, 1))
-    assert found[0] == found[1]
-    assert all(value > 0 for value in found[0].values())
+    for name, harm in found[0].items():
+        other = found[1][name]
+        assert harm.whole == other.whole
+        np.testing.assert_array_equal(harm.cost, other.cost)
+        np.testing.assert_array_equal(harm.energy, other.energy)
+    assert all(harm.whole > 0 and harm.cost.min() > 0 for harm in found[0].values())
 
 
 @pytest.mark.parametrize(("length", "pieces", "kept"), [(512, 2, 256), (600, 2, 256), (40, 1, 40)])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, tiny_model
 from transformers import AutoModelForCausalLM
 
-from pocketllm import calibrate, compressor
+from pocketllm import calibrate, compressor, trellis
 from pocketllm import weights as weights_module
 from pocketllm.calibrate import Calibrator, HiddenStates
 from pocketllm.config import PocketConfig
@@ -36,13 +36,17 @@ def saved(folder: Path, architecture: str, dtype: torch.dtype, shard: str = "40K
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrices come in several parts."""
+    """Matrices come in several parts, of whole segments."""
     monkeypatch.setattr(weights_module, "ENCODED_TOGETHER", 500)
+    monkeypatch.setattr(trellis, "SEGMENT", 8)
 
 
 def matrix(weights: Weights, target: Target) -> np.ndarray:
     parts = list(weights.parts(target))
-    assert len(parts) > 1 or parts[0].size < 500
+    assert len(parts) > 1 or parts[0].size < 500 or len(parts[0]) < 16
+    assert all(len(part) % 8 == 0 for part in parts[:-1]) and len(parts[-1]) >= min(
+        8, len(parts[0])
+    )
     return np.concatenate(parts)
 
 
