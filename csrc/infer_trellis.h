@@ -8,14 +8,16 @@
 
 #if defined(PLLM_ISA_AVX2)
 enum {
-    X_VECTORS = 1 + 8 + 8, /* of a step: multipliers, activations, and their magnitudes */
-    ONE_BY_ONE = 2         /* the most tokens that are multiplied one by one: measured */
+    X_VECTORS = 1 + 8, /* of a step: multipliers and activations; before the first step of a span one more */
+    ONE_BY_ONE = 3     /* the most tokens that are multiplied one by one: measured */
 };
 #elif defined(PLLM_ISA_AVX512)
 enum { X_VECTORS = 1 + 8, ONE_BY_ONE = 3 };
 #else
 enum { X_VECTORS = 0, ONE_BY_ONE = 0 };
 #endif
+
+enum { TRELLIS_AHEAD = 4096 /* bytes of a plane between what is read of it and what is asked for: measured on AVX2 */ };
 
 /* Values of a span as laid out for the products, for tokens one by one or together. */
 static ptrdiff_t trellis_width(int one_by_one)
@@ -25,7 +27,7 @@ static ptrdiff_t trellis_width(int one_by_one)
     if (one_by_one)
         return (steps * X_VECTORS * VB_WIDTH) / (ptrdiff_t)sizeof(int16_t) + HALF_CHUNK;
 #endif
-    return one_by_one ? steps * X_VECTORS * VB_WIDTH / (ptrdiff_t)sizeof(int16_t) : TRELLIS_SPAN;
+    return one_by_one ? (1 + steps * X_VECTORS) * VB_WIDTH / (ptrdiff_t)sizeof(int16_t) : TRELLIS_SPAN;
 }
 
 #if defined(PLLM_ISA_AVX512)
@@ -43,22 +45,62 @@ static void trellis_arrange(int one_by_one, const quantised_span *q, int16_t *ta
 }
 #else
 #if defined(PLLM_ISA_AVX2)
-/* target: for each step its multipliers, of each pair of bytes, then the bytes, and their magnitudes. */
+/* Words of eight vectors change places within lanes: the i-th word of the j-th with the j-th of the i-th. */
+PLLM_INLINE void transpose_words(__m256i *v)
+{
+    __m256i a[8], b[8];
+    PLLM_UNROLL
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = _mm256_unpacklo_epi16(v[2 * i], v[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_epi16(v[2 * i], v[2 * i + 1]);
+    }
+    PLLM_UNROLL
+    for (int i = 0; i < 2; i++)
+        for (int half = 0; half < 2; half++) {
+            b[4 * i + 2 * half] = _mm256_unpacklo_epi32(a[4 * i + half], a[4 * i + half + 2]);
+            b[4 * i + 2 * half + 1] = _mm256_unpackhi_epi32(a[4 * i + half], a[4 * i + half + 2]);
+        }
+    PLLM_UNROLL
+    for (int i = 0; i < 4; i++) {
+        v[2 * i] = _mm256_unpacklo_epi64(b[i], b[i + 4]);
+        v[2 * i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 4]);
+    }
+}
+
+/* bytes[j] = the j-th of each eight of a step's activations, which are bytes. */
+PLLM_INLINE void separate_step(const int16_t *x, __m256i *bytes)
+{
+    const __m256i pairs =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+    PLLM_UNROLL
+    for (int i = 0; i < 8; i++) { /* two eights of the first half of the step, and two of the second */
+        const __m256i both = _mm256_packs_epi16(vb_load(x + 16 * i), vb_load(x + TRELLIS_STEP / 2 + 16 * i));
+        bytes[i] = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(both, 0xd8), pairs);
+    }
+    transpose_words(bytes);
+}
+
+/* target: in its lanes of int32 what products with raised values are too large by, negative, together; then for each
+ * step its multipliers, of each pair of bytes, and the bytes. */
 static void trellis_arrange_bytes(const quantised_span *q, int16_t *target)
 {
-    int8_t *bytes = (int8_t *)target;
-    for (ptrdiff_t at = 0; at < SPAN_VALUES; at += TRELLIS_STEP, bytes += X_VECTORS * VB_WIDTH) {
-        int16_t multipliers[VB_WIDTH / 2];
-        for (int i = 0; i < VB_WIDTH / 2; i++)
-            multipliers[i] = q->multiplier[(at + 16 * i) / BLOCK];
-        memcpy(bytes, multipliers, sizeof multipliers);
+    __m256i excess = _mm256_setzero_si256();
+    int8_t *to = (int8_t *)target + VB_WIDTH;
+    for (ptrdiff_t at = 0; at < SPAN_VALUES; at += TRELLIS_STEP, to += X_VECTORS * VB_WIDTH) {
+        const __m128i eight = _mm_loadu_si128((const __m128i *)(const void *)(q->multiplier + at / BLOCK));
+        const __m256i multiplier = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi16(eight, eight)),
+                                                           _mm_unpackhi_epi16(eight, eight), 1);
+        __m256i bytes[8];
+        separate_step(q->value + at, bytes);
+        vb_store(to, multiplier);
+        PLLM_UNROLL
         for (int j = 0; j < 8; j++) {
-            int8_t *const here = bytes + (1 + j) * VB_WIDTH;
-            for (int i = 0; i < VB_WIDTH; i++)
-                here[i] = (int8_t)q->value[at + 8 * i + j];
-            vb_store(here + 8 * VB_WIDTH, _mm256_abs_epi8(vb_load(here)));
+            const __m256i raised = _mm256_maddubs_epi16(vb_set1(RAISED), bytes[j]);
+            excess = _mm256_sub_epi32(excess, _mm256_madd_epi16(raised, multiplier));
+            vb_store(to + (1 + j) * VB_WIDTH, bytes[j]);
         }
     }
+    vb_store(target, excess);
 }
 #endif
 
@@ -140,24 +182,19 @@ PLLM_INLINE void trellis_ask(const trellis *t, ptrdiff_t row, ptrdiff_t s)
 /* ---- one token --------------------------------------------------------------------------------- */
 
 #if defined(PLLM_ISA_AVX2)
-/* sum + the products of a step, in lanes. A product of bytes is that of an unsigned with a signed one: of a magnitude
- * with what got its sign. */
+/* sum + the products of a step, in lanes. A product of bytes is that of an unsigned with a signed one: of a raised
+ * value, or of a magnitude with what got its sign. */
 PLLM_INLINE __m256i trellis_products(const trellis_values *v, const int bits, const int8_t *x, __m256i sum)
 {
     const __m256i multiplier = vb_load(x);
     __m256i signs = vb_or(v->sign, vb_set1(1)); /* of bit 7, and by doubling of those below, but for bit 0 */
     PLLM_UNROLL
     for (int j = 7; j >= 0; j--) {
-        const int8_t *const here = x + (1 + j) * VB_WIDTH;
-        __m256i products;
-        if (bits <= SIGNED_BITS)
-            products = _mm256_maddubs_epi16(vb_load(here + 8 * VB_WIDTH), _mm256_sign_epi8(v->value[j], vb_load(here)));
-        else if (j == 0)
-            products = _mm256_maddubs_epi16(v->value[j], vb_negate(vb_load(here), vb_left(v->sign, 7)));
-        else
-            products = _mm256_maddubs_epi16(v->value[j], _mm256_sign_epi8(vb_load(here), signs));
+        __m256i here = vb_load(x + (1 + j) * VB_WIDTH);
+        if (bits > SIGNED_BITS)
+            here = j ? _mm256_sign_epi8(here, signs) : vb_negate(here, vb_left(v->sign, 7));
         signs = _mm256_add_epi8(signs, signs);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, multiplier));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(v->value[j], here), multiplier));
     }
     return sum;
 }
@@ -166,12 +203,15 @@ PLLM_INLINE __m256i trellis_products(const trellis_values *v, const int bits, co
 PLLM_INLINE __m256i trellis_dot_span(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start,
                                      const trellis_span *span, const int bits, const int16_t *x)
 {
-    const int8_t *bytes = (const int8_t *)x;
-    __m256i sum = _mm256_setzero_si256();
-    for (ptrdiff_t i = 0; i < trellis_steps(span); i++, bytes += X_VECTORS * VB_WIDTH) {
+    const int8_t *const bytes = (const int8_t *)x + VB_WIDTH;
+    __m256i sum = bits <= SIGNED_BITS ? vb_load(x) : _mm256_setzero_si256();
+    PLLM_UNROLL
+    for (ptrdiff_t i = 0; i < TRELLIS_SPAN / TRELLIS_STEP; i++) {
         trellis_values v;
+        if (i * TRELLIS_STEP >= span->columns)
+            break;
         trellis_step(tables, rows, start, span->first / 8 + i * VB_WIDTH, bits, &v);
-        sum = trellis_products(&v, bits, bytes, sum);
+        sum = trellis_products(&v, bits, bytes + i * X_VECTORS * VB_WIDTH, sum);
     }
     return sum;
 }
@@ -208,7 +248,7 @@ PLLM_INLINE void trellis_dot_spans(const trellis_one_row *row, const trellis_spa
                                    const int16_t *x, ptrdiff_t width, row_products *products)
 {
     for (ptrdiff_t s = 0; s < n; s++, span++, x += width) {
-        trellis_ask_ahead(row->rows[0], row->start, span, bits, AHEAD);
+        trellis_ask_ahead(row->rows[0], row->start, span, bits, TRELLIS_AHEAD);
         products[s][row->which] = trellis_dot_span(row->tables, row->rows, row->start, span, bits, x);
     }
 }
@@ -232,12 +272,11 @@ static trellis_dot_fn *const trellis_dot_functions[] = {EACH_TRELLIS_BITS(TRELLI
 static void trellis_dot_row(const trellis *t, const uint8_t *const *rows, int more, int which, ptrdiff_t first,
                             ptrdiff_t n, const token_spans *token, row_products *products)
 {
-    const trellis_one_row one = {t->table, rows, t->start[more], which};
-    for (ptrdiff_t s = 0, end; s < n; s = end) {
+    const trellis_one_row one = {t->one_token_table, rows, t->start[more], which};
+    for (ptrdiff_t s = 0, alike; s < n; s += alike) {
         const trellis_span *const span = t->span + first + s;
-        for (end = s + 1; end < n && t->span[first + end].bits == span->bits;)
-            end++;
-        trellis_dot_functions[span->bits + more - 1](&one, span, end - s, token->x + (first + s) * token->width,
+        alike = smaller(span->alike, n - s);
+        trellis_dot_functions[span->bits + more - 1](&one, span, alike, token->x + (first + s) * token->width,
                                                      token->width, products + s);
     }
 }

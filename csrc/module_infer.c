@@ -105,7 +105,8 @@ static int take_trellis(matrix_args *m, PyObject *codec_obj, npy_intp in_feature
     t->order = pllm_data(m->order);
     t->factor = pllm_data(m->factor);
     for (int i = 0; i < PLLM_TRELLIS_TABLE; i++)
-        if (!pllm_in_range("codec.magnitude: a magnitude", t->magnitude[i], 0, INT8_MAX))
+        if (!pllm_in_range("codec.magnitude: a magnitude", t->magnitude[i], 0,
+                           i < PLLM_TRELLIS_SMALLS ? PLLM_TRELLIS_SMALL : INT8_MAX))
             return 0;
     for (npy_intp i = 0; t->order && i < in_features; i++)
         if (!pllm_in_range("codec.order: a column", t->order[i], 0, in_features - 1))

@@ -163,7 +163,9 @@ enum {
     PLLM_TRELLIS_BLOCK = 128,
     PLLM_TRELLIS_SEGMENT = 256, /* rows of a segment; the last has those left over, too */
     PLLM_TRELLIS_SHORT = 16,    /* segments of fewer rows start with zeros in the register, others with their end */
-    PLLM_TRELLIS_TABLE = 252    /* magnitudes of 1 to PLLM_TRELLIS_BITS bits together */
+    PLLM_TRELLIS_TABLE = 252,   /* magnitudes of 1 to PLLM_TRELLIS_BITS bits together */
+    PLLM_TRELLIS_SMALLS = 12,   /* of which the first, those of 1 and 2 bits, are at most */
+    PLLM_TRELLIS_SMALL = 63     /* so that a product of two of them, raised, and bytes fits int16 */
 };
 #define PLLM_TRELLIS_TAPS {0x98, 0x56, 0x1b1}
 
@@ -174,7 +176,7 @@ static inline int pllm_trellis_magnitudes(int k) { return (4 << (k - 1)) - 4; }
 typedef struct {
     const uint8_t *block_bits; /* (ceil(in / PLLM_TRELLIS_BLOCK)) k of each block, 0..6, never rising */
     int extra;                 /* row r has a bit more where (r + 1) extra / 4 is above r extra / 4, rounded down: 0..3 */
-    const int8_t *magnitude;   /* (PLLM_TRELLIS_TABLE), none negative */
+    const int8_t *magnitude;   /* (PLLM_TRELLIS_TABLE), none negative; the first no larger than PLLM_TRELLIS_SMALL */
     const int32_t *order;      /* (in) the column of W that stands i-th, or NULL: they stand in order */
     const float *factor;       /* (in) what values of the i-th are multiplied by, or NULL: 1 */
 } pllm_trellis;

@@ -21,14 +21,16 @@ enum {
 
 /* Whether tables hold values of both signs, of k bits, and not magnitudes. */
 #if defined(PLLM_ISA_AVX2)
-enum { SIGNED_BITS = 2, TABLE_BYTES = 128 };
+enum { SIGNED_BITS = 2, TABLE_BYTES = 128, RAISED = PLLM_TRELLIS_SMALL + 1 };
 #else
-enum { SIGNED_BITS = 4, TABLE_BYTES = 128 };
+enum { SIGNED_BITS = 4, TABLE_BYTES = 128, RAISED = 0 };
 #endif
+/* RAISED: what values of both signs are larger by for a single token, so that they are bytes without a sign. */
 
-/* Columns first..first+columns-1 in stored order, of `bits` bits in rows without one more. */
+/* Columns first..first+columns-1 in stored order, of `bits` bits in rows without one more, as `alike` spans from it on
+ * have, too. */
 typedef struct {
-    ptrdiff_t first, columns;
+    ptrdiff_t first, columns, alike;
     int bits;
 } trellis_span;
 
@@ -43,7 +45,7 @@ typedef struct {
     const uint8_t *zeros; /* a plane of them, with as many */
     trellis_span *span;
     ptrdiff_t spans;
-    int8_t *table; /* (PLLM_TRELLIS_BITS, TABLE_BYTES) */
+    int8_t *table, *one_token_table; /* (PLLM_TRELLIS_BITS, TABLE_BYTES) each; the latter see RAISED */
 } trellis;
 
 /* ---- the view ---------------------------------------------------------------------------------- */
@@ -66,10 +68,12 @@ static ptrdiff_t trellis_spans(const trellis *t, trellis_span *span)
         for (int b = 0; end < smaller(first + TRELLIS_SPAN, t->in) && bits[b] == *bits; b++)
             end = smaller(end + PLLM_TRELLIS_BLOCK, t->in);
         if (span)
-            span[count] = (trellis_span){first, end - first, *bits};
+            span[count] = (trellis_span){first, end - first, 1, *bits};
         first = end;
         count++;
     }
+    for (ptrdiff_t i = count - 2; span && i >= 0; i--)
+        span[i].alike = span[i].bits == span[i + 1].bits ? span[i + 1].alike + 1 : 1;
     return count;
 }
 
@@ -103,7 +107,7 @@ static size_t trellis_bytes(const trellis *t)
     const size_t tail = (size_t)(trellis_offset(t, t->out) - trellis_offset(t, t->tail)) + TRELLIS_SLACK;
     const size_t zeros = (size_t)t->start[0][1] + TRELLIS_SLACK;
     const size_t spans = (size_t)t->spans * sizeof(trellis_span);
-    return (size_t)round_up((ptrdiff_t)(spans + PLLM_TRELLIS_BITS * TABLE_BYTES + zeros + tail), 64);
+    return (size_t)round_up((ptrdiff_t)(spans + 2 * PLLM_TRELLIS_BITS * TABLE_BYTES + zeros + tail), 64);
 }
 
 /* Places what the view needs in memory (trellis_bytes, aligned). */
@@ -112,9 +116,13 @@ static void trellis_place(trellis *t, char *memory)
     const ptrdiff_t from = trellis_offset(t, t->tail);
     const size_t tail = (size_t)(trellis_offset(t, t->out) - from), zeros = (size_t)t->start[0][1] + TRELLIS_SLACK;
     t->table = (int8_t *)memory;
-    for (int i = 0; i < PLLM_TRELLIS_BITS * TABLE_BYTES; i++)
-        t->table[i] = table_entry(t->code, 1 + i / TABLE_BYTES, i % TABLE_BYTES);
-    memory += PLLM_TRELLIS_BITS * TABLE_BYTES;
+    t->one_token_table = t->table + PLLM_TRELLIS_BITS * TABLE_BYTES;
+    for (int i = 0; i < PLLM_TRELLIS_BITS * TABLE_BYTES; i++) {
+        const int k = 1 + i / TABLE_BYTES;
+        t->table[i] = table_entry(t->code, k, i % TABLE_BYTES);
+        t->one_token_table[i] = (int8_t)(t->table[i] + (k <= SIGNED_BITS ? RAISED : 0));
+    }
+    memory += 2 * PLLM_TRELLIS_BITS * TABLE_BYTES;
     t->span = (trellis_span *)(void *)memory;
     trellis_spans(t, t->span);
     memory += (size_t)t->spans * sizeof *t->span;
@@ -143,10 +151,11 @@ static void trellis_history(const trellis *t, ptrdiff_t row, ptrdiff_t count, co
     const ptrdiff_t first = segment * PLLM_TRELLIS_SEGMENT, end = row - count - PLLM_TRELLIS_MEMORY;
     const ptrdiff_t size = segment + 1 < t->segments ? PLLM_TRELLIS_SEGMENT : t->out - first;
     if (end + 1 >= first && row < t->tail) { /* most: each lies before the other */
+        const ptrdiff_t few = t->start[0][PLLM_TRELLIS_BITS], more = t->start[1][PLLM_TRELLIS_BITS];
         const uint8_t *here = trellis_row(t, row);
         for (ptrdiff_t r = row; r > end; r--) {
             *rows++ = here;
-            here -= t->start[pllm_trellis_more(t->code, r - 1)][PLLM_TRELLIS_BITS];
+            here -= t->code->extra && pllm_trellis_more(t->code, r - 1) ? more : few;
         }
         return;
     }

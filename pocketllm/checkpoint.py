@@ -247,10 +247,12 @@ class Checkpoint:
         for codec in self.layout.codecs.values():
             for part in codec.tensors():
                 self._check_finite(self.tensors[schema.codec_tensor(codec.name, part)])
-            if codec.is_trellis and self._codec_part(codec.name, "magnitude").min() < 0:
+            if codec.is_trellis and not trellis.are_magnitudes(
+                self._codec_part(codec.name, "magnitude")
+            ):
                 name = schema.codec_tensor(codec.name, "magnitude")
                 raise CheckpointError(
-                    f"{self.tensors[name].file.path}: tensor {name} has magnitudes below zero"
+                    f"{self.tensors[name].file.path}: tensor {name} has magnitudes out of range"
                 )
         for module in self.layout.modules.values():
             if module.codec is not None:

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from . import __version__
-from .config import PREFERENCES, PRESETS
+from .config import CODECS, PREFERENCES, PRESETS
 from .errors import PocketError
 
 DEBUG_VARIABLE = "POCKETLLM_DEBUG"
@@ -173,6 +173,12 @@ def _add_compress(commands: Any) -> None:
     )
     size.add_argument("--subvector", type=_positive, metavar="D", help="values per sub-vector")
     size.add_argument("--codebook", type=_positive, metavar="K", help="number of codewords")
+    parser.add_argument(
+        "--codec",
+        choices=list(CODECS),
+        help="what a size is met with: trellis codes, or codebooks (default: trellis codes unless"
+        " another setting asks for codebooks)",
+    )
     parser.add_argument(
         "--prefer",
         choices=list(PREFERENCES),

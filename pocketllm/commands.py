@@ -47,7 +47,7 @@ def config_from(arguments: argparse.Namespace) -> PocketConfig:
         values = {k: v for k, v in values.items() if k not in SIZE_SETTINGS} | size
     if arguments.embeddings is not None:
         values["embeddings"] = arguments.embeddings == "on"
-    for name in ("prefer", "calibration", "seed", "workers"):
+    for name in ("codec", "prefer", "calibration", "seed", "workers"):
         if getattr(arguments, name) is not None:
             values[name] = getattr(arguments, name)
     return PocketConfig.from_dict(values)
@@ -139,8 +139,8 @@ def print_plan(plan: Plan) -> None:
     rows = [
         (
             spec.name,
-            str(spec.subvector),
-            f"{spec.codebook:,}",
+            "-" if spec.is_trellis else str(spec.subvector),
+            "-" if spec.is_trellis else f"{spec.codebook:,}",
             spec.storage,
             str(sum(plan.codec_of[t.name] == name for t in plan.targets)),
             f"{sum(t.weights for t in plan.targets if plan.codec_of[t.name] == name):,}",

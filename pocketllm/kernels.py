@@ -251,7 +251,8 @@ class TrellisView(NamedTuple):
         block_bits: uint8 (ceil(in_features / 128),), bits of a weight in each 128 stored columns,
             0..6, never rising.
         extra: of every four rows so many have a bit more, 0..3; then block_bits end at 5.
-        magnitude: int8 (252,), none negative: 4, 8, 16, ... 128 of 1 to 6 bits.
+        magnitude: int8 (252,), none negative: 4, 8, 16, ... 128 of 1 to 6 bits, the first 12 at
+            most 63.
         order: int32 (in_features,), the column of W that stands i-th, or None: in order.
         factor: (in_features,) what values of the i-th stored column are multiplied by, or None.
     """

@@ -187,7 +187,9 @@ def model_card(
         "| codec | values a sub-vector | codewords | stored as |",
         "|---|---|---|---|",
         *(
-            f"| {codec.name} | {codec.subvector} | {codec.codebook:,} | {codec.storage} |"
+            f"| {codec.name} | – | – | trellis codes |"
+            if codec.is_trellis
+            else f"| {codec.name} | {codec.subvector} | {codec.codebook:,} | {codec.storage} |"
             for codec in checkpoint.layout.codecs.values()
         ),
         "",

@@ -27,6 +27,8 @@ MAX_BITS = 6
 # Magnitudes of 1 to MAX_BITS bits together, and where those of k bits are.
 MAGNITUDES = 252
 TABLE = [slice((4 << k) - 4, (8 << k) - 4) for k in range(MAX_BITS)]
+# The most that those of 1, 2, ... bits may be.
+LARGEST = [63, 63, 127, 127, 127, 127]
 # Rows in which bits may differ by one: quarters of a bit.
 QUARTERS = 4
 # Scales of columns are 2^(-code / SCALE_STEPS).
@@ -146,6 +148,12 @@ def signed_magnitude(index: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarr
     negative = index >= half
     place = index % half
     return np.where(negative, half - 1 - place, place), np.where(negative, -1, 1)
+
+
+def are_magnitudes(magnitude: np.ndarray) -> bool:
+    """Are they all in their range?"""
+    sizes = [own.stop - own.start for own in TABLE]
+    return bool(((magnitude >= 0) & (magnitude <= np.repeat(LARGEST, sizes))).all())
 
 
 def column_codes(bits: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ def fit_magnitudes(sample: np.ndarray) -> dict[str, np.ndarray]:
     for bits in range(1, trellis.MAX_BITS + 1):
         own = trellis.TABLE[bits - 1]
         levels = _fitted(sample, bits)
-        scale[bits - 1] = levels.max() / 127
+        scale[bits - 1] = levels.max() / trellis.LARGEST[bits - 1]
         magnitude[own] = np.rint(levels / scale[bits - 1])
     return {"magnitude": magnitude, "magnitude_scale": scale}
 

@@ -45,7 +45,8 @@ class Matrix:
         own = not isinstance(bits, int)
         block_bits = np.array(bits if own else [bits] * blocks, np.uint8)
         # 4, 8, 16, ... magnitudes; some are alike and some zero
-        magnitude = [np.sort(rng.integers(0, 128, 2 << k)) for k in range(1, 7)]
+        most = [64, 64, 128, 128, 128, 128]
+        magnitude = [np.sort(rng.integers(0, most[k - 1], 2 << k)) for k in range(1, 7)]
         self.codec = TrellisView(
             block_bits,
             extra,
@@ -212,6 +213,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("block_bits", lambda a: np.array([2, 3], np.uint8), "bits of a block: got 3, want 0..2"),
     ("extra", lambda a: 4, "codec.extra: got 4, want 0..3"),
     ("magnitude", lambda a: -a, "codec.magnitude: a magnitude: got -"),
+    (
+        "magnitude",
+        lambda a: np.maximum(a, 64).astype(np.int8),
+        "codec.magnitude: a magnitude: got 64, want 0..63",
+    ),
     ("magnitude", lambda a: a[1:], "codec.magnitude: got int8 (251,), want int8 (252,)"),
     ("order", lambda a: np.full(200, 200, np.int32), "codec.order: a column: got 200, want 0..199"),
     ("factor", lambda a: np.ones(3, np.float32), "codec.factor: got float32 (3,)"),

@@ -88,7 +88,7 @@ static void fill_fixture(fixture *f, coded_case c, int with_shift)
     }
     f->magnitude = new_bytes(PLLM_TRELLIS_TABLE);
     for (int i = 0; i < PLLM_TRELLIS_TABLE; i++)
-        f->magnitude[i] = (int8_t)(random_bits() % 128);
+        f->magnitude[i] = (int8_t)(random_bits() % (i < PLLM_TRELLIS_SMALLS ? PLLM_TRELLIS_SMALL + 1 : 128));
     if (c.own) {
         f->order = new_ints((size_t)c.in);
         f->factor = new_floats((size_t)c.in);
@@ -202,7 +202,7 @@ static void check_tokens_apart(const pllm_kernels *k, const fixture *f)
     free(together), free(alone);
 }
 
-/* The largest products there are: all magnitudes 127, all activations alike, with signs that go with the weights'
+/* The largest products there are: all magnitudes as large as they may be, all activations alike, with signs that go with the weights'
  * or at random. */
 static void check_extremes(const pllm_kernels *k, int bits, int tokens)
 {
@@ -210,6 +210,7 @@ static void check_extremes(const pllm_kernels *k, int bits, int tokens)
         fixture f;
         fill_fixture(&f, (coded_case){3, 1031, 0, 0, tokens, {bits}}, 0);
         memset(f.magnitude, 127, PLLM_TRELLIS_TABLE);
+        memset(f.magnitude, PLLM_TRELLIS_SMALL, PLLM_TRELLIS_SMALLS);
         for (int r = 0; r < 3; r++)
             for (int at = 0; at < 1031; at++)
                 f.dense[r * 1031 + at] = (double)((float)level_at(&f, r, at) * f.scale[r]);
