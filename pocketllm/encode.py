@@ -30,8 +30,10 @@ DAMPING = 0.03
 FLOOR = 1e-3
 # Times each sub-vector is chosen again. The output error falls by about 6, 1.4 and 0.9 %.
 AGAIN = 2
-# Rows of a matrix whose error is computed together.
+# Rows of a matrix whose error is computed together, and about how many of them, evenly spread, the
+# error under second moments is taken from: it is shown and nothing else.
 ROWS_TOGETHER = 512
+ROWS_SHOWN = 512
 # Rows of H that are factored before the rest is told, and those that each thread has in memory once
 # more, several times in float64, when it reads them.
 FACTOR_PANEL, FACTOR_ROWS = 512, 128
@@ -47,8 +49,8 @@ class Encoded:
         index: (out, L) int32.
         scale: (out,) float32, as it comes back from storage.
         shift: the same, or None.
-        squares: |W - Ŵ|², |W|², and the same under H, NaN without: float64 (4,). Those of several
-            parts of a matrix add up.
+        squares: |W - Ŵ|², |W|², and the same under H of some of the rows, NaN without: float64
+            (4,). Those of several parts of a matrix add up.
     """
 
     index: np.ndarray
@@ -63,7 +65,7 @@ class Encoded:
 
     @property
     def output_error(self) -> float:
-        """tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ); NaN without H."""
+        """tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ), of some of the rows; NaN without H."""
         return relative_errors(self.squares)[1]
 
 
@@ -271,18 +273,22 @@ def encode_rows(
         part = slice(first, first + ROWS_TOGETHER)
         shift = None if rows.shift is None else rows.shift[part]
         made = denormalise(decode(index[part]), weight.shape[1], rows.scale[part], shift)
-        squares += squares_of(weight[part], made, hessian)
+        squares += squares_of(weight[part], made, hessian, len(weight))
     return Encoded(index, rows.scale, rows.shift, squares)
 
 
-def squares_of(weight: np.ndarray, made: np.ndarray, hessian: np.ndarray | None) -> np.ndarray:
-    """The squares of an :class:`Encoded` for rows of a matrix and what is stored of them."""
+def squares_of(
+    weight: np.ndarray, made: np.ndarray, hessian: np.ndarray | None, rows: int
+) -> np.ndarray:
+    """The squares of an :class:`Encoded` for some of ``rows`` rows and what is stored of them."""
     gap = weight - made
-    plain = [np.square(x).sum(dtype=np.float64) for x in (gap, weight)]
+    plain = [np.square(x).sum(1).sum(dtype=np.float64) for x in (gap, weight)]
     if hessian is None:
         return np.array([*plain, np.nan, np.nan])
+    every = -(-rows // ROWS_SHOWN)
     with bfloat16_factors():
-        return np.array([*plain, *(_under(x, hessian) for x in (gap, weight))])
+        shown = [_under(np.ascontiguousarray(x[::every]), hessian) for x in (gap, weight)]
+    return np.array([*plain, *shown])
 
 
 def _encode_feedback(values: np.ndarray, table: np.ndarray, factors: Factors) -> np.ndarray:

@@ -231,6 +231,10 @@ def encode_trellis(
     columns = len(order)
     extra = trellis.block_bits(coding.bits, columns)[1]
     level = level_table(stored)
+    # Where the columns as they are stored were chosen.
+    chosen = np.argsort(order)
+    if codes is not None:
+        chosen = chosen[trellis.storage_order(codes)]
     packed, squares, first = [], np.zeros(4), 0
     heaviest = float(scale.max(initial=0.0)) or 1.0
     for weight in parts():
@@ -239,7 +243,7 @@ def encode_trellis(
         own = None if shift is None else shift[rows]
         values = cut(weight, 1, scale[rows], own).values
         found = kernels.encode_trellis(
-            np.ascontiguousarray(values[:, order]),
+            np.take(values, order, axis=1),
             np.square(scale[rows] / np.float32(heaviest)),
             None if factors is None else factors.feedback,
             coding.column_bits[order].astype(np.uint8),
@@ -247,13 +251,9 @@ def encode_trellis(
             np.ascontiguousarray(factor[order]),
             level,
         )
-        symbol = np.empty_like(found)
-        symbol[:, order] = found
-        if codes is not None:
-            symbol = symbol[:, trellis.storage_order(codes)]
-        packed.append(trellis.pack(symbol, coding.bits))
+        packed.append(trellis.pack(np.take(found, chosen, axis=1), coding.bits))
         made = decode(packed[-1], coding.bits, codes, stored, scale[rows], own, columns)
-        squares += squares_of(weight, made, hessian)
+        squares += squares_of(weight, made, hessian, len(scale))
     return EncodedTrellis(np.concatenate(packed), scale, squares)
 
 
