@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -26,8 +27,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pocketllm import kernels
+from pocketllm import kernels, trellis
+from pocketllm.checkpoint import CodecData, CodecSpec, ModuleSpec, codec_view
+from pocketllm.kernels import AnyView
 from pocketllm.stored import largest_value, with_signs
+from pocketllm.trellis_encode import fit_magnitudes
 
 ISA_FLAGS = {
     "scalar": [],
@@ -41,6 +45,9 @@ ISA_FLAGS = {
 }
 ISA_FLAGS["amx"] = ISA_FLAGS["avx512"]
 
+# What blocks of columns have more or less than the bits of a matrix, in equal parts.
+SPREAD = (2, 1, 1, 0, 0, -1, -1, -2)
+
 
 class Codebook(NamedTuple):
     """A codebook shape, on the command line ``4x256``, or ``4x256s`` for one that is symmetric."""
@@ -49,19 +56,97 @@ class Codebook(NamedTuple):
     codewords: int
     symmetric: bool = False
 
-    @classmethod
-    def parse(cls, text: str) -> Codebook:
-        """From the command line."""
-        d, codewords = text.removesuffix("s").split("x")
-        return cls(int(d), int(codewords), text.endswith("s"))
+    def __str__(self) -> str:
+        return f"{self.d}x{self.codewords}{'s' if self.symmetric else ''}"
 
-    def table(self, random: np.random.Generator) -> np.ndarray:
-        """Normal int8 values (K, d), or magnitudes with all their signs as compression has them."""
+    def codec(self, random: np.random.Generator) -> CodecData:
+        """A table of about normal values: free int8 (K, d), or magnitudes with all their signs as
+        compression has them."""
         rows = self.codewords >> (self.d if self.symmetric else 0)
         most = largest_value(self.d, self.symmetric)
         values = np.rint(random.standard_normal((rows, self.d)) * most / 3.5)
         values = np.clip(values, -most, most).astype(np.int8)
-        return with_signs(np.abs(values)) if self.symmetric else values
+        table = with_signs(np.abs(values)) if self.symmetric else values
+        spec = CodecSpec("codebook", self.d, self.codewords, 1, "input", "table-int8")
+        return CodecData(spec, {"table": table, "table_scale": np.array([3.5 / most], np.float32)})
+
+    def module(self, name: str, rows: int, columns: int) -> ModuleSpec:
+        """A linear layer of this shape, with row scales in float16."""
+        return ModuleSpec(name, "linear", (rows, columns), "codebook", dtype="bfloat16")
+
+
+class Trellis(NamedTuple):
+    """Trellis codes, on the command line ``t2.25``: bits of every weight; or ``t3c``: blocks of
+    columns have bits of their own, as many on average, and columns random scales."""
+
+    bits: float
+    by_column: bool = False
+
+    def __str__(self) -> str:
+        return f"t{self.bits:g}{'c' if self.by_column else ''}"
+
+    def codec(self, random: np.random.Generator) -> CodecData:
+        """Levels that are fitted to normal values."""
+        return CodecData(CodecSpec.trellis("trellis"), normal_levels())
+
+    def module(self, name: str, rows: int, columns: int) -> ModuleSpec:
+        """A linear layer of this kind, with row scales in float16."""
+        bits: trellis.Bits = self.bits
+        if self.by_column:
+            count = trellis.block_count(columns)
+            parts = (np.arange(count) + 0.5) * len(SPREAD) / count
+            bits = tuple(int(self.bits) + SPREAD[int(part)] for part in parts)
+        shape = (rows, columns)
+        return ModuleSpec(name, "linear", shape, "trellis", dtype="bfloat16", bits=bits)
+
+
+Shape = Codebook | Trellis
+
+
+def parse_shape(text: str) -> Shape:
+    """A shape from the command line."""
+    if found := re.fullmatch(r"(\d+)x(\d+)(s?)", text):
+        return Codebook(int(found[1]), int(found[2]), bool(found[3]))
+    if found := re.fullmatch(r"t(\d(?:\.\d+)?)(c?)", text):
+        bits, by_column = float(found[1]), bool(found[2])
+        quarters = bits * trellis.QUARTERS
+        if bits in (2, 3, 4) if by_column else 1 <= bits <= 6 and quarters.is_integer():
+            return Trellis(bits, by_column)
+    raise argparse.ArgumentTypeError(
+        f"got {text!r}, want a codebook as in 4x256 or 4x256s, or bits of trellis codes: t1, t1.25,"
+        " ... t6, or t2c, t3c, t4c"
+    )
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """Several, with commas between."""
+    return [parse_shape(shape) for shape in text.split(",")]
+
+
+@functools.cache
+def normal_levels() -> dict[str, np.ndarray]:
+    """Levels of trellis codes, fitted to normal values of variance 1."""
+    return fit_magnitudes(np.random.default_rng(0).standard_normal((1024, 64), np.float32))
+
+
+def column_codes(module: ModuleSpec, random: np.random.Generator) -> np.ndarray | None:
+    """Random ones where blocks have bits of their own, uint8 (columns,); else None."""
+    if not isinstance(module.bits, tuple):
+        return None
+    columns = module.shape[1]
+    bits = np.repeat(np.array(module.bits), trellis.BLOCK)[:columns]
+    scale = random.integers(0, trellis.SCALE_CODES, columns)
+    return trellis.column_codes(random.permutation(bits), scale)
+
+
+def view_of(
+    codec: CodecData, module: ModuleSpec, codes: np.ndarray | None
+) -> tuple[AnyView, np.ndarray | None]:
+    """What the kernels take of a matrix, and factors of its row scales, or None."""
+    if module.bits is None:
+        return codec_view(codec.spec, codec.parts), None
+    levels = codec.parts["magnitude"], codec.parts["magnitude_scale"]
+    return trellis.view(*levels, module.bits, *module.shape, codes)
 
 
 @dataclasses.dataclass(frozen=True)

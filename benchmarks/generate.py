@@ -1,10 +1,10 @@
 """Tokens per second of a Llama of about one billion parameters, compressed and dense.
 
-    python benchmarks/generate.py [--shape 4x4096] [--layers 16] [--threads N] [--prompt 512]
+    python benchmarks/generate.py [--shape t3] [--layers 16] [--threads N] [--prompt 512]
                                   [--new 32] [--llama-cpp Q4_K_M,Q2_K] [--json FILE] [--quick]
 
 Speed does not depend on what the weights say, so the dense model (bfloat16, random) is made in
-memory and the compressed one gets random indices; it goes through the checkpoint format,
+memory and the compressed one gets random bits; it goes through the checkpoint format,
 from_pretrained and generate like any other. The head is compressed with the layers, the embedding
 is only looked up. Before timing, one layer of the loaded model is compared with its dequantised
 matrix. The compressed model is timed once more with transformers' decoder layers in place of ours.
@@ -26,16 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Codebook, llama_config
+from common import Shape, column_codes, llama_config, parse_shape
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from pocketllm import decoder_layer, kernels
-from pocketllm.checkpoint import CodecData, CodecSpec, ModuleData, ModuleSpec, write_checkpoint
+from pocketllm.checkpoint import ModuleData, write_checkpoint
 from pocketllm.linear import PocketLinear
-from pocketllm.schema import row_stride_bytes
 from pocketllm.tensorfile import ArrayTensor
 
 # layers, hidden, intermediate, heads, key-value heads, vocabulary
@@ -54,28 +53,24 @@ def dense_model(config: LlamaConfig) -> nn.Module:
         torch.set_default_dtype(before)
 
 
-def write_compressed(folder: Path, dense: nn.Module, shape: Codebook) -> Path:
-    """The same model with every linear layer as random indices into one table."""
+def write_compressed(folder: Path, dense: nn.Module, shape: Shape) -> Path:
+    """The same model with every linear layer as random bits of one codec."""
     random = np.random.default_rng(0)
-    spec = CodecSpec("all", shape.d, shape.codewords, 1, "input", "table-int8")
-    table = {"table": shape.table(random), "table_scale": np.array([1 / 36], np.float32)}
+    codec = shape.codec(random)
     modules, others = [], {}
     linear = {n: m for n, m in dense.named_modules() if isinstance(m, nn.Linear)}
     for name, module in linear.items():
-        rows, columns = module.weight.shape
-        size = rows * row_stride_bytes(columns, shape.d, spec.index_bits)
-        scale = np.full(rows, 0.02, np.float16)
-        kind = ModuleSpec(
-            name, "linear", (rows, columns), "all", True, False, "bfloat16", statistics="float16"
-        )
-        modules.append(ModuleData(kind, random.integers(0, 256, size, dtype=np.uint8), scale, None))
+        spec = shape.module(name, *module.weight.shape)
+        payload = random.integers(0, 256, spec.payload_bytes(codec.spec), dtype=np.uint8)
+        scale = np.full(spec.shape[0], 0.02, np.float16)
+        modules.append(ModuleData(spec, payload, scale, columns=column_codes(spec, random)))
     for name, tensor in dense.state_dict().items():
         if name.removesuffix(".weight") not in linear:
             others[name] = ArrayTensor(tensor.view(torch.uint16).numpy(), "BF16")
     return write_checkpoint(
         folder,
         modules=modules,
-        codecs=[CodecData(spec, table)],
+        codecs=[codec],
         dense_tensors=others,
         config=dense.config.to_dict(),
     )
@@ -222,8 +217,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tokens per second, compressed and dense.")
     parser.add_argument(
         "--shape",
-        default="4x4096",
-        help="codebook, d x K (3 bits by default); 2x64s: with all signs",
+        type=parse_shape,
+        default="t3",
+        help="bits of trellis codes, t3c: by column; or a codebook, 4x256, 4x256s: with all signs",
     )
     parser.add_argument("--layers", type=int, default=SIZE[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -239,14 +235,13 @@ def main() -> None:
     torch.manual_seed(0)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    shape = Codebook.parse(options.shape)
     prompt_length = 16 if options.quick else options.prompt
     new = 4 if options.quick else options.new
     size = QUICK if options.quick else (options.layers, *SIZE[1:])
     config = llama_config(size, max_position_embeddings=4096, tie_word_embeddings=False)
     dense = dense_model(config)
     with tempfile.TemporaryDirectory() as folder:
-        packed = write_compressed(Path(folder, "packed"), dense, shape)
+        packed = write_compressed(Path(folder, "packed"), dense, options.shape)
         start = time.perf_counter()
         compressed = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
         loading = time.perf_counter() - start
@@ -298,7 +293,7 @@ def main() -> None:
         "torch": torch.__version__,
         "clock": "processor" if options.threads == 1 else "wall",
         "parameters": sum(p.numel() for p in dense.parameters()),
-        "shape": options.shape,
+        "shape": str(options.shape),
         "file_bytes": size,
         "loading_s": loading,
         "prompt_tokens": prompt_length,

@@ -1,15 +1,17 @@
 """Products with compressed matrices beside the dense ones a user would otherwise run.
 
     python benchmarks/inference.py [--threads 1] [--sizes 4096x4096,11008x4096]
-                                   [--tokens 1,4,16,128] [--shapes 4x256,4x256s]
+                                   [--tokens 1,4,16,128] [--shapes 4x256,4x256s,t2.25,t3c]
                                    [--json FILE] [--plots DIR] [--quick]
 
-For every codebook shape (d x K, int8 tables) and number of tokens: milliseconds with activations as
-integers and as float32, and how often faster than torch's bfloat16 and float32 linear on the same
-activations; for the sizes behind the first (rows x columns) of some shapes only. Weights are cold:
-the contenders take turns, and each cycles through several copies that together exceed the
-last-level cache. With one thread times are processor time, else wall time; the minimum of many.
-Before anything is timed, products are compared with those in float64.
+For every shape and number of tokens: milliseconds with activations as integers and as float32, and
+how often faster than torch's bfloat16 and float32 linear on the same activations; for the sizes
+behind the first (rows x columns) of some shapes only. A shape is a codebook (d x K, an int8 table;
+s: with all signs) or a number of bits of trellis codes (t3), on average where blocks of columns
+have bits of their own (t3c). Weights are cold: the contenders take turns, and each cycles through
+several copies that together exceed the last-level cache. With one thread times are processor time,
+else wall time; the minimum of many. Before anything is timed, products are compared with those in
+float64.
 
 Also measured in the same run: what reading memory costs, how fast torch multiplies large float32
 matrices, what one call of a PocketLinear costs beside its kernel, and one token's cost a weight for
@@ -27,36 +29,47 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Codebook, arguments, compare, print_machine, print_table, write_json
+from common import (
+    Codebook,
+    Shape,
+    Trellis,
+    arguments,
+    column_codes,
+    compare,
+    parse_shape,
+    parse_shapes,
+    print_machine,
+    print_table,
+    view_of,
+    write_json,
+)
 from torch.nn import functional
 
 from pocketllm import kernels
-from pocketllm.kernels import CodecView
+from pocketllm.kernels import TrellisView
 from pocketllm.linear import CodecBank, PocketLinear
-from pocketllm.schema import CodecSpec, index_bits, row_stride_bytes
 
 # What allocation may choose, coarsest first, then those with all signs (s) and shapes that only a
-# user asks for.
+# user asks for; and trellis codes.
 SHAPES = [
-    *((8, 16), (8, 32), (8, 64), (8, 128)),
-    *((4, 16), (4, 32), (4, 64), (4, 128), (4, 256), (4, 512), (4, 1024), (4, 2048), (4, 4096)),
-    *((2, 16), (2, 32), (2, 64), (2, 128), (2, 256), (2, 512), (2, 1024), (2, 2048), (2, 4096)),
-    *((1, 16), (1, 32), (1, 64), (1, 128), (1, 256)),
-    *((4, 128, True), (4, 256, True), (2, 64, True), (2, 128, True), (2, 256, True)),
-    *((1, 32, True), (1, 64, True), (1, 128, True), (1, 256, True)),
-    *((8, 4096), (8, 65536), (6, 4096), (3, 512)),
+    *parse_shapes("8x16,8x32,8x64,8x128"),
+    *parse_shapes("4x16,4x32,4x64,4x128,4x256,4x512,4x1024,4x2048,4x4096"),
+    *parse_shapes("2x16,2x32,2x64,2x128,2x256,2x512,2x1024,2x2048,2x4096"),
+    *parse_shapes("1x16,1x32,1x64,1x128,1x256"),
+    *parse_shapes("4x128s,4x256s,2x64s,2x128s,2x256s,1x32s,1x64s,1x128s,1x256s"),
+    *parse_shapes("8x4096,8x65536,6x4096,3x512"),
+    *parse_shapes("t1,t1.5,t2,t2.25,t2.5,t3,t3.5,t4,t5,t6,t3c"),
 ]
-MAIN = [
-    Codebook(*shape)
-    for shape in ((4, 256), (4, 256, True), (2, 64), (2, 64, True), (4, 4096), (8, 65536))
-]
-BY_SIZE = [Codebook(4, 256), Codebook(4, 256, True), Codebook(4, 4096)]
-QUICK = [(8, 32), (4, 40), (4, 256), (4, 256, True), (4, 4096), (2, 512), (1, 256), (3, 100)]
+MAIN = parse_shapes("4x256,4x256s,2x64,2x64s,4x4096,8x65536,t2,t3,t4")
+CALLED = parse_shapes("4x256,t3")
+BY_SIZE = parse_shapes("4x256,4x256s,4x4096,t2,t3")
+QUICK = parse_shapes("8x32,4x40,4x256,4x256s,4x4096,2x512,1x256,3x100,t3,t2.25,t3c")
 COLD_BYTES = 48 << 20
 # Rows x columns whose cost a weight should be alike.
 ODD_SIZES = [(rows, 4096) for rows in (511, 512, 1000, 1024, 2047, 2048, 4095, 4096, 8192)]
 ODD_SIZES += [(4096, n) for n in (511, 512, 513, 1000, 1024, 2047, 2048, 2049, 4095, 4097, 8192)]
 COLUMNS = [
+    "shape",
     "rows",
     "columns",
     "tokens",
@@ -74,15 +87,15 @@ COLUMNS = [
 class Packed:
     """Copies of a random compressed matrix, used in turn."""
 
-    def __init__(self, rows: int, columns: int, shape: Codebook, cold: int) -> None:
-        subvector, codewords, _ = shape
-        random = np.random.default_rng([rows, columns, *shape])
+    def __init__(self, rows: int, columns: int, shape: Shape, cold: int) -> None:
+        random = np.random.default_rng([rows, columns])
         self.shape, self.rows, self.columns = shape, rows, columns
-        bits = index_bits(codewords)
-        size = rows * row_stride_bytes(columns, subvector, bits)
+        codec, module = shape.codec(random), shape.module("", rows, columns)
+        size = module.payload_bytes(codec.spec)
         self.bits = 8 * size / (rows * columns)
-        self.codec = CodecView(subvector, codewords, bits, shape.table(random), 0.01)
-        self.scale = random.uniform(0.5, 1.5, rows).astype(np.float32)
+        self.codec, factor = view_of(codec, module, column_codes(module, random))
+        scale = random.uniform(0.5, 1.5, rows).astype(np.float32)
+        self.scale = scale if factor is None else scale * factor
         count = max(2, min(16, cold // size))
         self.turn = itertools.count()
         self.copies = [random.integers(0, 256, size, dtype=np.uint8) for _ in range(count)]
@@ -101,25 +114,54 @@ class Packed:
                 packed, self.columns, first, part, self.codec, self.scale
             ).astype(np.float64)
             want, size = x @ weight.T, np.abs(x) @ np.abs(weight).T
-            d, codewords, _ = self.shape
-            steps = 250 if codewords <= 256 and d in (1, 2, 4) else 65000  # bytes, int16
-            step = np.abs(x).max(1, keepdims=True) / steps * np.abs(weight).sum(1)
-            for activations, bound in (("float32", 1e-6 * size), ("integer", 1e-6 * size + step)):
+            rounded = 1e-6 * size + self.rounding(x, weight)
+            for activations, bound in (("float32", 1e-6 * size), ("integer", rounded)):
                 product = kernels.matmul(
                     x, packed, self.rows, self.codec, self.scale, activations=activations
                 )
                 error = np.abs(product[:, first : first + part] - want)
                 assert np.all(error <= bound), (self.shape, activations, error.max())
 
+    def rounding(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """What rounding activations to integers may add to products with these rows, at most."""
+        if isinstance(self.codec, TrellisView) and self.codec.order is not None:
+            # Values as they are stored are multiplied by activations times the columns' factors.
+            order, factor = self.codec.order, self.codec.factor
+            x = x[:, order] * factor
+            ones = np.where(factor > 0, factor, 1)  # columns without bits have the factor 0
+            weight = weight[:, order] / ones
+        x = np.abs(x)
+        half_step = np.broadcast_to(x.max(1, keepdims=True) / 65000, x.shape)
+        if self.has_bytes:
+            blocks = np.maximum.reduceat(x, np.arange(0, self.columns, 32), axis=1)
+            half_step = half_step + np.repeat(blocks / 254, 32, axis=1)[:, : self.columns]
+        return half_step @ np.abs(weight).T
 
-def described(shape: Codebook) -> dict[str, Any]:
-    """Columns of a table."""
-    return {"d": shape.d, "K": shape.codewords, "signs": "all" if shape.symmetric else ""}
+    @property
+    def has_bytes(self) -> bool:
+        """Are activations bytes, with a step for each 32 columns, or int16?"""
+        shape = self.shape
+        return isinstance(shape, Trellis) or (shape.d in (1, 2, 4) and shape.codewords <= 256)
+
+
+def described(shape: Shape) -> dict[str, Any]:
+    """Columns of a table; trellis codes have no d and K."""
+    row: dict[str, Any] = {"shape": str(shape), "d": None, "K": None, "signs": ""}
+    if isinstance(shape, Codebook):
+        row |= {"d": shape.d, "K": shape.codewords, "signs": "all" if shape.symmetric else ""}
+    return row
+
+
+def family(shape: Shape) -> str:
+    """Those that make a line of a plot."""
+    if isinstance(shape, Trellis):
+        return f"trellis codes{', bits by column' if shape.by_column else ''}"
+    return f"d = {shape.d}{', all signs' if shape.symmetric else ''}"
 
 
 def measure(
     size: tuple[int, int],
-    shapes: list[Codebook],
+    shapes: list[Shape],
     tokens: list[int],
     turns: int,
     cold: int,
@@ -147,8 +189,8 @@ def measure(
         taken = compare(contenders, turns=max(3, turns // max(1, n // 4)), clock=clock)
         best = {name: 1e3 * timing.minimum for name, timing in taken.items()}
         for i, matrix in enumerate(matrices):
-            row: dict[str, Any] = {"rows": rows, "columns": columns, "tokens": n}
-            row |= described(matrix.shape)
+            row = described(matrix.shape)
+            row |= {"rows": rows, "columns": columns, "tokens": n}
             row |= {"bits": matrix.bits, "ms": best[i, "integer"]}
             row |= {"float32 ms": best[i, "float32"], "bf16 ms": best["bf16"]}
             row |= {"fp32 ms": best["fp32"]}
@@ -173,9 +215,9 @@ def scaling(
     found = []
     for i, timing in compare(calls, turns=turns, clock=clock).items():
         matrix = matrices[i]
-        row = {"rows": matrix.rows, "columns": matrix.columns}
+        row = described(matrix.shape) | {"rows": matrix.rows, "columns": matrix.columns}
         cost = 1e12 * timing.minimum / (matrix.rows * matrix.columns)
-        found.append(row | described(matrix.shape) | {"ps a weight": cost})
+        found.append(row | {"ps a weight": cost})
     return found
 
 
@@ -191,14 +233,20 @@ def limits(clock: Callable[[], float], quick: bool) -> dict[str, float]:
     }
 
 
+def small_linear(shape: Shape) -> PocketLinear:
+    """A compressed layer of four outputs and sixteen inputs."""
+    codec, module = shape.codec(np.random.default_rng(0)), shape.module("", 4, 16)
+    stored = CodecBank([codec.spec])[codec.spec.name]
+    for name, part in codec.parts.items():
+        getattr(stored, name).copy_(torch.from_numpy(part))
+    linear = PocketLinear(16, 4, stored, scale=False, bits=module.bits)
+    linear.weight.zero_()
+    return linear
+
+
 def call_overhead(clock: Callable[[], float]) -> list[dict[str, Any]]:
     """Microseconds of one call on a matrix too small to take time itself."""
-    spec = CodecSpec("c", 4, 256, 1, "input", "table-int8")
-    bank = CodecBank([spec])
-    bank["c"].table.zero_()
-    bank["c"].table_scale.fill_(1.0)
-    linear = PocketLinear(16, 4, bank["c"], scale=False)
-    linear.weight.zero_()
+    linears = {f"PocketLinear {shape}": small_linear(shape) for shape in CALLED}
     calls = 500
 
     def many(module: torch.nn.Module, x: torch.Tensor) -> Callable[[], None]:
@@ -213,7 +261,8 @@ def call_overhead(clock: Callable[[], float]) -> list[dict[str, Any]]:
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.zeros(1, 1, 16, dtype=dtype)
             dense = torch.nn.Linear(16, 4, False, dtype=dtype)
-            contenders = {"PocketLinear": many(linear.to(dtype), x), "nn.Linear": many(dense, x)}
+            contenders = {name: many(linear.to(dtype), x) for name, linear in linears.items()}
+            contenders["nn.Linear"] = many(dense, x)
             best = compare(contenders, turns=12, clock=clock)
             row: dict[str, Any] = {"activations": str(dtype).removeprefix("torch.")}
             found.append(row | {f"{k}, us": 1e6 * v.minimum / calls for k, v in best.items()})
@@ -230,19 +279,20 @@ def plot(rows: list[dict[str, Any]], odd: list[dict[str, Any]], folder: Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     first = [r for r in rows if r["tokens"] == 1 and r["rows"] == rows[0]["rows"]]
-    for d, signs in sorted({(r["d"], r["signs"]) for r in first}):
-        line = [r for r in first if (r["d"], r["signs"]) == (d, signs)]
-        line.sort(key=lambda r: r["K"])
-        name = f"d = {d}{', all signs' if signs else ''}"
-        axes[0].plot([r["K"] for r in line], [r["x bf16"] for r in line], "o-", label=name)
-    axes[0].set(xscale="log", xlabel="K", ylabel="times torch bf16, one token")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in first:
+        lines.setdefault(family(parse_shape(row["shape"])), []).append(row)
+    for name, line in lines.items():
+        line.sort(key=lambda r: r["bits"])
+        axes[0].plot([r["bits"] for r in line], [r["x bf16"] for r in line], "o-", label=name)
+    axes[0].set(xlabel="bits per weight", ylabel="times torch bf16, one token")
     axes[0].axhline(1, color="black", linewidth=0.8)
     for axis, key, other in ((axes[1], "rows", "columns"), (axes[2], "columns", "rows")):
         for shape in BY_SIZE:
-            here = described(shape)
-            line = [r for r in odd if here.items() <= r.items() and r[other] == 4096]
+            line = [r for r in odd if r["shape"] == str(shape) and r[other] == 4096]
             line.sort(key=lambda r: r[key])
-            name = f"d = {shape.d}, K = {shape.codewords}{', all signs' if shape.symmetric else ''}"
+            own = f"{shape.bits:g} bits" if isinstance(shape, Trellis) else f"K = {shape.codewords}"
+            name = f"{family(shape)}, {own}"
             axis.plot([r[key] for r in line], [r["ps a weight"] for r in line], "o-", label=name)
         axis.set(xlabel=key, ylabel="ps a weight, one token", ylim=(0, None))
     for axis in axes:
@@ -264,9 +314,9 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,4,16,128")
     parser.add_argument(
         "--shapes",
-        type=lambda text: [Codebook.parse(shape) for shape in text.split(",")],
-        default=[Codebook(*shape) for shape in SHAPES],
-        help="as in 4x256,4x256s, s: with all signs",
+        type=parse_shapes,
+        default=SHAPES,
+        help="as in 4x256,4x256s,t2.25,t3c; s: with all signs, c: bits by column",
     )
     parser.add_argument("--turns", type=int, default=40, help="for one token; fewer for more")
     options = parser.parse_args()
@@ -276,7 +326,7 @@ def main() -> None:
     sizes, shapes, cold = options.sizes, options.shapes, COLD_BYTES
     tokens, odd_sizes = [int(n) for n in options.tokens.split(",")], ODD_SIZES
     if options.quick:
-        sizes, shapes, cold, tokens = [(120, 200)], [Codebook(*s) for s in QUICK], 1 << 16, [1, 5]
+        sizes, shapes, cold, tokens = [(120, 200)], QUICK, 1 << 16, [1, 5]
         odd_sizes = [(30, 70)]
     print_machine("torch")
     report: dict[str, Any] = {"limits": limits(clock, options.quick)}
