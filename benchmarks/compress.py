@@ -41,6 +41,9 @@ LARGER: dict[str, Shape] = {
 DEMO = Path(__file__).parents[1] / "pocketllm" / "demo_data"
 FORWARD, MOMENTS = "forward passes", "second moments"
 SENSITIVITIES = "measuring sensitivities"
+CHOOSING = "choosing codes"
+STATISTICS = "statistics of rows and columns"
+BITS = "bits of columns"
 SHARD_BYTES = 500_000_000
 MIB = 2**20
 
@@ -123,8 +126,12 @@ def timed_compression(model: str, out: str, settings: dict[str, Any]) -> dict[st
     phases.watch(calibrate.Calibrator, "_add", MOMENTS)
     phases.watch(weights.StreamedWeights, "hold", "reading layers for the passes")
     phases.watch(compressor, "factorise", "factoring second moments")
-    phases.watch(compressor, "encode_rows", "choosing codewords")
-    phases.watch(compressor, "row_statistics", "row statistics")
+    phases.watch(compressor, "encode_rows", CHOOSING)
+    phases.watch(compressor, "encode_trellis", CHOOSING)
+    phases.watch(compressor, "uniform_coding", BITS)
+    phases.watch(compressor, "column_coding", BITS)
+    phases.watch(compressor, "row_statistics", STATISTICS)
+    phases.watch(compressor, "column_energy", STATISTICS)
     phases.watch(workspace.Workspace, "store", "storing parts")
     phases.watch(compressor, "write_checkpoint", "writing the checkpoint")
     with phases.whole():
@@ -253,12 +260,14 @@ def sizes_of(shape: Shape) -> dict[str, float]:
     }
 
 
-# What the time of a phase grows with; None: not with the model.
+# What the time of a phase grows with; None: not with the model. Of choosing codes only the products
+# with the feedback matrix and with second moments do grow so, and only with calibration.
 GROWS_WITH = {
     FORWARD: "weights",
     MOMENTS: "moments",
     "factoring second moments": "factors",
-    "choosing codewords": "feedback",
+    CHOOSING: "feedback",
+    BITS: "moments",
     "training the codecs": None,
     "opening the model": None,
 }
@@ -267,9 +276,10 @@ GROWS_WITH = {
 def extrapolate(phases: dict[str, list[float]], shape: Shape, larger: Shape) -> float:
     """CPU seconds of compressing ``larger`` with the same text and settings."""
     here, there = sizes_of(shape), sizes_of(larger)
+    grows_with = GROWS_WITH if FORWARD in phases else {**GROWS_WITH, CHOOSING: "weights"}
     total = 0.0
     for name, (_, cpu) in phases.items():
-        unit = GROWS_WITH.get(name, "weights")
+        unit = grows_with.get(name, "weights")
         total += cpu * (there[unit] / here[unit] if unit else 1.0)
     return total
 
