@@ -1,16 +1,18 @@
-"""Quality at a given size: plain k-means, the published codec and the default, on one model.
+"""Quality at a given size: plain k-means, the published codec, codebooks and trellis codes.
 
     python benchmarks/quality.py --model MODEL --text FILE [--calibration FILE] [--json FILE]
 
 Every row is measured through the real path: compressed to a folder, loaded from it, compared with
-the dense model. The k-means rows are plain vector quantisation of the same sub-vector length and
-codebook size, without and with a scale a row; their bits count indices, codebook and scales as ours
-do. docs/METHOD.md holds the table for the reference model.
+the dense model. Each number of bits is met with trellis codes, the default, and with codebooks,
+without and with calibration. The k-means rows are plain vector quantisation of the same sub-vector
+length and codebook size as a preset's, without and with a scale a row; their bits count indices,
+codebook and scales as ours do. docs/METHOD.md holds the table for the reference model.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -30,6 +32,8 @@ from pocketllm.layout import matrix_of, normalise, walk
 
 SHARED = Path(os.environ.get("POCKETLLM_SHARED", Path(__file__).parents[1] / "../shared"))
 KMEANS_ITERATIONS = 15
+# What meets a number of bits, and its name in the table.
+CODECS = {"trellis": "trellis codes", "codebook": "codebooks"}
 
 
 def kmeans_model(model: torch.nn.Module, shape: Shape, *, row_scale: bool, seed: int) -> float:
@@ -83,11 +87,14 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             label = f"k-means{' + row scale' if row_scale else ''}, d={d} K={codewords}"
             add(label, bits, model, time.perf_counter() - start)
     configs = [(f"preset {p}", PocketConfig.preset(p)) for p in arguments.preset]
-    for bits in arguments.bits:
-        configs.append((f"default, {bits} bits", PocketConfig(bits=bits)))
-        if arguments.calibration:
-            calibrated = PocketConfig(bits=bits, calibration=str(arguments.calibration))
-            configs.append((f"default, {bits} bits, calibrated", calibrated))
+    calibrations = {"": None}
+    if arguments.calibration:
+        calibrations[", calibrated"] = str(arguments.calibration)
+    for bits, codec, (label, text) in itertools.product(
+        arguments.bits, arguments.codec, calibrations.items()
+    ):
+        config = PocketConfig(bits=bits, codec=codec, calibration=text)
+        configs.append((f"{CODECS[codec]}, {bits} bits{label}", config))
     for name, config in configs:
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "out"
@@ -109,6 +116,7 @@ def main() -> None:
     parser.add_argument("--kmeans", type=shape, nargs="*", default=[(8, 32768)], metavar="DxK")
     parser.add_argument("--preset", nargs="*", default=["paper-16x"])
     parser.add_argument("--bits", type=float, nargs="*", default=[2.0, 3.0, 4.0])
+    parser.add_argument("--codec", nargs="*", choices=list(CODECS), default=list(CODECS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     print(show_config(), f"torch {torch.__version__}", sep="; ")
