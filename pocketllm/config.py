@@ -16,6 +16,11 @@ SHARES = ("auto", "tensor", "type", "model")
 TABLE_DTYPES = ("auto", "int8", "float16")
 CODEBOOK_INITS = ("kmeans", "normal", "uniform")
 CODECS = ("auto", "trellis", "codebook")
+# Settings of codebooks: trellis codes go with their defaults only.
+_AGAINST_TRELLIS = (
+    "subvector", "codebook", "prefer", "norm", "table_dtype", "share", "codebook_init", "hidden",
+    "epochs", "batch", "row_scale",
+)  # fmt: skip
 MAX_SUBVECTOR = 16
 MAX_CODEBOOK = 65536
 
@@ -128,35 +133,29 @@ class PocketConfig:
             raise PocketError(
                 'table_dtype: "int8" needs a foldable norm ("input" or "ln"), got norm "rln"'
             )
-        if self.codec == "trellis" and not self._allows_trellis:
+        if self.codec == "trellis" and self._against_trellis:
+            name, value = next(iter(self._against_trellis.items()))
             raise PocketError(
-                'codec: "trellis" goes with bits or target_size, prefer "quality", norm "input",'
-                ' table_dtype "auto" and share "auto"'
+                f'codec: "trellis" does not go with {name} = {value!r}: leave that out, or take'
+                ' codec "codebook"'
             )
         if not self.row_scale and self.row_shift:
             raise PocketError("row_shift: needs row_scale=True")
 
     @property
-    def _allows_trellis(self) -> bool:
-        return self.codebook is None and all(
-            getattr(self, name) == value
-            for name, value in (
-                ("prefer", "quality"),
-                ("norm", "input"),
-                ("table_dtype", "auto"),
-                ("share", "auto"),
-                ("codebook_init", "kmeans"),
-                ("hidden", 16),
-                ("epochs", None),
-                ("batch", None),
-                ("row_scale", True),
-            )
-        )
+    def _against_trellis(self) -> dict[str, Any]:
+        """Settings of codebooks that are not the defaults."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {
+            name: getattr(self, name)
+            for name in _AGAINST_TRELLIS
+            if getattr(self, name) != defaults[name]
+        }
 
     @property
     def has_trellis(self) -> bool:
         """Are sizes met with trellis codes?"""
-        return self.codec != "codebook" and self._allows_trellis
+        return self.codec != "codebook" and not self._against_trellis
 
     def _check_size(self) -> None:
         if self.bits is not None:

@@ -30,6 +30,7 @@ from pocketllm.errors import PocketError
         ({"workers": 0}, "workers: got 0"),
         ({"learning_rate": 0.0}, "learning_rate: got 0.0"),
         ({"norm": "rln", "table_dtype": "int8"}, 'needs a foldable norm ("input" or "ln")'),
+        ({"codec": "qtip"}, "codec: got 'qtip', want one of auto, trellis, codebook"),
     ],
 )
 def test_bad_settings_are_refused_in_one_sentence(values: dict[str, Any], sentence: str) -> None:
@@ -37,6 +38,47 @@ def test_bad_settings_are_refused_in_one_sentence(values: dict[str, Any], senten
         PocketConfig(**values)
     assert sentence in str(failure.value)
     assert "\n" not in str(failure.value)
+
+
+# Each asks for codebooks.
+FOR_CODEBOOKS: list[dict[str, Any]] = [
+    {"subvector": 4, "codebook": 256},
+    {"prefer": "speed"},
+    {"norm": "ln"},
+    {"table_dtype": "float16"},
+    {"share": "model"},
+    {"codebook_init": "normal"},
+    {"hidden": 8},
+    {"epochs": 3},
+    {"batch": 4096},
+    {"row_scale": False},
+]
+
+
+@pytest.mark.parametrize("values", FOR_CODEBOOKS, ids=str)
+def test_trellis_codes_do_not_go_with_settings_of_codebooks(values: dict[str, Any]) -> None:
+    """The sentence names the setting; without a codec asked for, the setting decides."""
+    name, value = next(iter(values.items()))
+    with pytest.raises(PocketError) as failure:
+        PocketConfig(codec="trellis", **values)
+    assert f'codec: "trellis" does not go with {name} = {value!r}: leave that' in str(failure.value)
+    assert "\n" not in str(failure.value)
+    for codec in ("auto", "codebook"):
+        assert not PocketConfig(codec=codec, **values).has_trellis
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_no_trellis(name: str) -> None:
+    assert not PocketConfig.preset(name).has_trellis
+    with pytest.raises(PocketError, match="does not go with subvector = "):
+        PocketConfig.preset(name, codec="trellis")
+
+
+def test_trellis_codes_are_the_default() -> None:
+    for values in ({}, {"bits": 2.5}, {"target_size": 10**9}, {"row_shift": True, "seed": 3}):
+        assert PocketConfig(**values).has_trellis
+        assert PocketConfig(codec="trellis", **values).has_trellis
+        assert not PocketConfig(codec="codebook", **values).has_trellis
 
 
 def test_presets_are_the_published_settings() -> None:
