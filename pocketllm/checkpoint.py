@@ -153,7 +153,8 @@ class Checkpoint:
                 self.tensors[schema.codec_tensor(codec.name, part)].nbytes
                 for part in codec.tensors()
             )
-            shape = () if codec.is_trellis else (codec.codebook, codec.subvector)
+            levels = (codec.codebook, codec.subvector)
+            shape = (trellis.MAGNITUDES,) if codec.is_trellis else levels
             rows.append(
                 self._row(f"{schema.BANK}.{codec.name}", "codec", shape, codec.name, None, size)
             )
@@ -247,13 +248,8 @@ class Checkpoint:
         for codec in self.layout.codecs.values():
             for part in codec.tensors():
                 self._check_finite(self.tensors[schema.codec_tensor(codec.name, part)])
-            if codec.is_trellis and not trellis.are_magnitudes(
-                self._codec_part(codec.name, "magnitude")
-            ):
-                name = schema.codec_tensor(codec.name, "magnitude")
-                raise CheckpointError(
-                    f"{self.tensors[name].file.path}: tensor {name} has magnitudes out of range"
-                )
+            if codec.is_trellis:
+                self._check_levels(codec)
         for module in self.layout.modules.values():
             if module.codec is not None:
                 self._check_module(module, self.layout.codecs[module.codec], checksums)
@@ -297,6 +293,21 @@ class Checkpoint:
             raise CheckpointError(
                 f"{tensor.file.path}: module {module.name} has the index {largest}, its codec"
                 f" {codec.name} has {codec.codebook} codewords"
+            )
+
+    def _check_levels(self, codec: CodecSpec) -> None:
+        magnitude, scale = (
+            self.tensors[schema.codec_tensor(codec.name, part)]
+            for part in ("magnitude", "magnitude_scale")
+        )
+        if not trellis.are_magnitudes(magnitude.array()):
+            raise CheckpointError(
+                f"{magnitude.file.path}: tensor {magnitude.name} has magnitudes out of range, want"
+                f" 0 to {min(trellis.LARGEST)} for up to 2 bits, to {max(trellis.LARGEST)} above"
+            )
+        if (scale.array() < 0).any():
+            raise CheckpointError(
+                f"{scale.file.path}: tensor {scale.name} has values below 0, want none"
             )
 
     def _check_finite(self, tensor: StoredTensor) -> None:
@@ -362,7 +373,8 @@ def open_weights(
     folder = folder or files_at[0].parent
     layout = schema.parse(quantization, str(folder / "config.json"))
     files, tensors = open_files(files_at)
-    for name, (dtype, shape) in layout.tensors().items():
+    expected = layout.tensors()
+    for name, (dtype, shape) in expected.items():
         stored = tensors.get(name)
         if stored is None:
             raise CheckpointError(f"{folder}: tensor {name} is missing")
@@ -379,6 +391,11 @@ def open_weights(
         if name not in recorded:
             raise CheckpointError(
                 f"{tensor.file.path}: tensor {name} is not expected, it has no checksum"
+            )
+        if name not in expected and layout.claims(name):
+            raise CheckpointError(
+                f"{tensor.file.path}: tensor {name} is not expected, config.json asks for no such"
+                " part of its codec or module"
             )
     checkpoint = Checkpoint(folder, config, quantization, layout, files, tensors)
     if check:

@@ -24,6 +24,8 @@ STORAGES = ("table-int8", "table-float16", "decoder", "trellis")
 NORMS = ("input", "ln", "rln")
 KINDS = ("linear", "conv1d", "embedding", "tied")
 STATISTICS = ("float16", "uint8")
+# What a module may have in the file, each under its name and a dot.
+PARTS = ("weight", "scale", "shift", "columns")
 # Names of config.json -> safetensors dtypes of the dense matrix a module stands for.
 MODULE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _CODEC_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -211,6 +213,11 @@ class Layout:
                     expected[module_tensor(module.name, part)] = spec
         return expected
 
+    def claims(self, tensor: str) -> bool:
+        """Would a tensor of this name be part of a codec or of a module?"""
+        owner, _, part = tensor.rpartition(".")
+        return tensor.startswith(f"{BANK}.") or (owner in self.modules and part in PARTS)
+
     @property
     def weights(self) -> int:
         """Weights the compressed modules represent, tied ones once."""
@@ -326,31 +333,40 @@ def _module(
             f"{here}: scale is {scale!r} and shift is {shift!r}, want true or false"
         )
     statistics = _choice({"statistics": "float16", **entry}, "statistics", STATISTICS, here)
-    bits = _bits(entry.get("bits"), columns, here) if codecs[codec].is_trellis else None
+    bits = None
+    if codecs[codec].is_trellis:
+        bits = _bits(entry.get("bits"), columns, here)
+    elif "bits" in entry:
+        raise CheckpointError(
+            f"{here}: bits is {entry['bits']!r}, want none: its codec {codec!r} is no trellis"
+        )
     return ModuleSpec(
         name, kind, (rows, columns), codec, scale, shift, dtype, statistics=statistics, bits=bits
     )
 
 
 def _bits(value: Any, columns: int, here: str) -> trellis.Bits:
-    """Bits of a module in trellis codes: a number, or [bits, blocks] of runs of blocks."""
+    """Bits of a module in trellis codes: a number, as it is given since the layout's checksum is of
+    its text, or [bits, blocks] of runs of blocks."""
+    blocks = trellis.block_count(columns)
     if isinstance(value, int | float) and not isinstance(value, bool):
         if 1 <= value <= trellis.MAX_BITS and float(value * trellis.QUARTERS).is_integer():
-            return float(value)
+            return value
     elif isinstance(value, list | tuple) and all(
         isinstance(run, list | tuple)
         and len(run) == 2
-        and all(type(n) is int and n >= 0 for n in run)
-        and run[1] <= trellis.block_count(columns)
+        and all(type(n) is int for n in run)
+        and 0 <= run[0] <= trellis.MAX_BITS
+        and 1 <= run[1] <= blocks
         for run in value
     ):
-        blocks = tuple(bits for bits, count in value for _ in range(count))
-        falling = all(a >= b for a, b in itertools.pairwise((trellis.MAX_BITS, *blocks)))
-        if falling and len(blocks) == trellis.block_count(columns):
-            return blocks
+        falling = all(a[0] > b[0] for a, b in itertools.pairwise(value))
+        if falling and sum(count for _, count in value) == blocks:
+            return tuple(bits for bits, count in value for _ in range(count))
     raise CheckpointError(
-        f"{here}: bits is {value!r}, want a multiple of 1/4 from 1 to {trellis.MAX_BITS}, or [bits,"
-        f" blocks] of {trellis.block_count(columns)} blocks, falling"
+        f"{here}: bits is {value!r}, want a multiple of 1/4 from 1 to {trellis.MAX_BITS}, or a list"
+        f" of [bits, blocks], bits falling from {trellis.MAX_BITS} or less, of {blocks} blocks"
+        " together"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,6 @@ def edit_record(folder: Path, change: Any) -> None:
 
 def resum(folder: Path) -> None:
     """Make the checksums right again, so that what they would hide is seen."""
-    import zlib
 
     def apply(header: dict[str, Any], data: bytearray) -> None:
         record = json.loads(header["__metadata__"]["pocketllm"])
@@ -106,6 +107,7 @@ def test_reads_back_what_was_written(folder: Path) -> None:
             ("weight", module.packed),
             ("scale", module.scale),
             ("shift", module.shift),
+            ("columns", module.columns),
         ):
             assert (f"{module.spec.name}.{part}" in stored) == (array is not None)
             if array is not None:
@@ -127,11 +129,11 @@ def test_sizes_follow_their_definitions(folder: Path) -> None:
     payload = sum(
         array.nbytes
         for module in parts["modules"]
-        for array in (module.packed, module.scale, module.shift)
+        for array in (module.packed, module.scale, module.shift, module.columns)
         if array is not None
     )
     payload += sum(array.nbytes for codec in parts["codecs"] for array in codec.parts.values())
-    weights = 10 * 18 + 7 * 20 + 6 * 9 + 12 * 8
+    weights = 10 * 18 + 7 * 20 + 6 * 9 + 12 * 8 + 18 * 20 + 3 * 140
     assert checkpoint.bits_per_weight == pytest.approx(8 * payload / weights)
     assert checkpoint.quantization["bits"] == pytest.approx(8 * payload / weights, abs=1e-4)
     assert checkpoint.bytes == (folder / "model.safetensors").stat().st_size
@@ -142,6 +144,12 @@ def test_sizes_follow_their_definitions(folder: Path) -> None:
     rows = {row["name"]: row for row in report["tensors"]}
     assert rows["a.linear"]["bytes"] == 10 * 4 + 20 and rows["a.linear"]["kind"] == "linear"
     assert rows["a.linear"]["bits"] == pytest.approx(8 * 60 / 180)
+    # Four rows of 20 weights in 2, 2, 2 and 3 planes of 3 bytes; rows of 140, 128 and 128 bits.
+    assert rows["b.alike"]["bytes"] == (18 // 4 * 9 + 2 * 2) * 3 + 2 * 19
+    assert rows["b.apart"]["bytes"] == 3 * (18 + 16 + 16) + 140 + 4
+    assert rows["pocketllm_codecs.trellis"]["bytes"] == 252 + 6 * 4
+    assert rows["pocketllm_codecs.trellis"]["shape"] == [252]
+    assert rows["pocketllm_codecs.table"]["shape"] == [60, 4]
     assert rows["head"]["bytes"] == 0 and rows["head"]["bits"] is None
     assert rows["norm.weight"]["bits"] == 16 and rows["norm.weight"]["kind"] == "dense"
     assert rows["norm.weight"]["share"] == pytest.approx(16 / checkpoint.bytes)
@@ -226,12 +234,15 @@ def test_decompress_gives_the_dense_matrices(folder: Path, tmp_path: Path) -> No
         "a.shifted.weight",
         "a.conv.weight",
         "embed.weight",
+        "b.alike.weight",
+        "b.apart.weight",
         "norm.weight",
         "counter",
     }
     assert str(tensors["a.shifted.weight"].dtype) == "torch.bfloat16"
+    assert str(tensors["b.apart.weight"].dtype) == "torch.bfloat16"
     assert tensors["a.conv.weight"].shape == (9, 6)
-    for name in ("a.linear", "embed"):
+    for name in ("a.linear", "embed", "b.alike"):
         np.testing.assert_array_equal(
             tensors[f"{name}.weight"].numpy(), checkpoint.load_dequantised(name)
         )
@@ -324,6 +335,12 @@ ENTRIES = {
     "shift": ("modules", "a.linear", {"shift": 1}, "want true or false"),
     "dtype": ("modules", "a.linear", {"dtype": "int8"}, "dtype is 'int8', want one of"),
     "tied": ("modules", "head", {"to": "a.linear"}, "tied to 'a.linear', which is no module of"),
+    "bits without a trellis": ("modules", "a.linear", {"bits": 2.0}, "'table' is no trellis"),
+    "other codec": ("modules", "b.alike", {"codec": "table"}, "bits is 2.25, want none: its codec"),
+    "a trellis": ("modules", "a.linear", {"codec": "trellis"}, "bits is None, want a multiple"),
+    "fewer bits": ("modules", "b.alike", {"bits": 2.0}, r"b.alike.weight is U8 \[120\]"),
+    "alike for apart": ("modules", "b.apart", {"bits": 2.0}, r"b.apart.weight is U8 \[150\]"),
+    "apart for alike": ("modules", "b.alike", {"bits": [[2, 1]]}, r"b.alike.weight is U8 \[120\]"),
     "other shape": ("modules", "a.linear", {"shape": [10, 22]}, r"is U8 \[40\], config.json asks"),
     "other columns": ("modules", "a.linear", {"shape": [10, 17]}, "are not those the weight files"),
 }
@@ -337,6 +354,54 @@ def test_entries_of_the_quantization_config(folder: Path, case: str) -> None:
         open_checkpoint(folder)
 
 
+# Of a module of 18 x 20, one block, or of 3 x 140, two blocks.
+BITS = {
+    "b.alike": [
+        0, 0.75, 6.25, 7, 1.1, -2, 10**400, float("inf"), float("nan"), True, None, "2", {},
+        [], [2], [[2]], [[2, 2]], [[7, 1]], [[-1, 1]], [[2.0, 1]], [[2, True]], [[2, 1, 1]],
+    ],
+    "b.apart": [
+        [[3, 1]], [[3, 3]], [[3, 2], [1, 1]], [[1, 1], [3, 1]], [[3, 1], [3, 1]],
+        [[3, 1], [2, 0], [1, 1]], [[3, 0], [1, 2]], [["3", 1], [1, 1]], [[3, 1], 1],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "bits"), [(name, bits) for name, several in BITS.items() for bits in several]
+)
+def test_bits_of_trellis_codes(folder: Path, module: str, bits: Any) -> None:
+    edit_config(
+        folder, lambda config: config["quantization_config"]["modules"][module].update(bits=bits)
+    )
+    with pytest.raises(CheckpointError) as failure:
+        open_checkpoint(folder)
+    message = str(failure.value)
+    assert f"module {module!r}: bits is {bits!r}, want a multiple of 1/4 from 1 to 6" in message
+    assert f"of {1 if module == 'b.alike' else 2} blocks" in message and "\n" not in message
+
+
+def test_whole_bits_may_be_written_without_a_point(tmp_path: Path) -> None:
+    """As writers in other languages may; the checksum is of what stands in config.json."""
+    codec = random_codec("t", storage="trellis")
+    folder = simple_checkpoint(
+        tmp_path / "model", codecs=[codec], modules=[random_module("m", (5, 9), codec, bits=2.0)]
+    )
+    expected = open_checkpoint(folder).load_dequantised("m")
+
+    def whole(config: dict[str, Any]) -> None:
+        config["quantization_config"]["modules"]["m"]["bits"] = 2
+
+    edit_config(folder, whole)
+    with pytest.raises(CheckpointError, match="are not those the weight files"):
+        open_checkpoint(folder)
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    layout = {key: quantization[key] for key in ("codecs", "modules")}
+    text = json.dumps(layout, sort_keys=True, separators=(",", ":"))
+    edit_record(folder, lambda record: record.update(layout=f"{zlib.crc32(text.encode()):08x}"))
+    np.testing.assert_array_equal(open_checkpoint(folder).load_dequantised("m"), expected)
+
+
 def test_codec_name(folder: Path) -> None:
     def change(config: dict[str, Any]) -> None:
         codecs = config["quantization_config"]["codecs"]
@@ -347,12 +412,15 @@ def test_codec_name(folder: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_missing_compressed_tensor(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["a.linear.scale", "b.apart.columns", "pocketllm_codecs.trellis.magnitude_scale"]
+)
+def test_missing_compressed_tensor(folder: Path, name: str) -> None:
     def change(header: dict[str, Any], data: bytearray) -> None:
-        header["renamed"] = header.pop("a.linear.scale")
+        header["renamed"] = header.pop(name)
 
     rewrite(folder, change)
-    with pytest.raises(CheckpointError, match=r"tensor a.linear.scale is missing"):
+    with pytest.raises(CheckpointError, match=f"tensor {name} is missing"):
         open_checkpoint(folder)
 
 
@@ -383,6 +451,25 @@ def test_unexpected_tensor(folder: Path) -> None:
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "b.alike.columns",
+        "a.linear.columns",
+        "a.linear.shift",
+        "head.weight",
+        "pocketllm_codecs.trellis.table",
+        "pocketllm_codecs.other.table",
+    ],
+)
+def test_part_that_is_not_asked_for(tmp_path: Path, name: str) -> None:
+    """It has a checksum as dense tensors do, but is none."""
+    dense = {name: ArrayTensor(np.zeros(20, np.uint8), "U8")}
+    folder = simple_checkpoint(tmp_path / "model", dense_tensors=dense)
+    with pytest.raises(CheckpointError, match=f"tensor {name} is not expected, config.json asks"):
+        open_checkpoint(folder)
+
+
 def test_other_dtype(folder: Path) -> None:
     def change(header: dict[str, Any], data: bytearray) -> None:
         header["a.linear.scale"]["dtype"] = "BF16"
@@ -392,7 +479,17 @@ def test_other_dtype(folder: Path) -> None:
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["a.linear.weight", "norm.weight", "pocketllm_codecs.table.table"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.linear.weight",
+        "norm.weight",
+        "pocketllm_codecs.table.table",
+        "b.alike.weight",
+        "b.apart.columns",
+        "pocketllm_codecs.trellis.magnitude",
+    ],
+)
 def test_flipped_bit_in_data(folder: Path, name: str) -> None:
     tensor = open_checkpoint(folder).tensors[name]
     content = bytearray((folder / "model.safetensors").read_bytes())
@@ -497,11 +594,76 @@ def test_without_checksums_what_kernels_rely_on_is_checked(folder: Path) -> None
         open_weights([folder / "model.safetensors"], config, checksums=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("b.apart.columns", b"\x07", "gives columns other bits than config.json gives"),
+        ("pocketllm_codecs.trellis.magnitude", b"\xff", "has magnitudes out of range"),
+        ("pocketllm_codecs.trellis.magnitude_scale", b"\xff" * 4, "values that are NaN or Inf"),
+    ],
+)
+def test_without_checksums_a_trellis_is_checked(
+    folder: Path, name: str, value: bytes, message: str
+) -> None:
+    rewrite(folder, set_bytes(name, value))
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    with pytest.raises(CheckpointError, match=f"tensor {name} .*{message}"):
+        open_weights([folder / "model.safetensors"], config, checksums=False)
+
+
 def test_bits_behind_a_row(folder: Path) -> None:
     # 5 indices of 6 bits leave 2 bits of a row's 4 bytes.
     rewrite(folder, set_bytes("a.linear.weight", b"\x80", at=3))
     resum(folder)
     with pytest.raises(CheckpointError, match="a.linear has bits set after the end of a row"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("name", "at"), [("b.alike", 2), ("b.alike", 3 * 7 - 1), ("b.apart", 17)])
+def test_bits_behind_a_plane(folder: Path, name: str, at: int) -> None:
+    # 20 columns leave 4 bits of a plane's 3 bytes, 140 leave 4 of 18. The fourth row has 3 planes.
+    rewrite(folder, set_bytes(f"{name}.weight", b"\x80", at=at))
+    resum(folder)
+    with pytest.raises(CheckpointError, match=f"{name} has bits set after the end of a row"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "accepted"),
+    [(0, 63, True), (0, 64, False), (11, 64, False), (12, 127, True), (251, -1, False)],
+)
+def test_magnitudes_out_of_range(folder: Path, at: int, value: int, accepted: bool) -> None:
+    """Those of 1 and 2 bits, the first 12, up to 63; the others up to 127."""
+    name = "pocketllm_codecs.trellis.magnitude"
+    rewrite(folder, set_bytes(name, np.int8(value).tobytes(), at=at))
+    resum(folder)
+    if accepted:
+        assert open_checkpoint(folder).tensors[name].array()[at] == value
+        return
+    message = f"tensor {name} has magnitudes out of range, want 0 to 63 for up to 2 bits, to 127"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+def test_negative_scale_of_magnitudes(folder: Path) -> None:
+    name = "pocketllm_codecs.trellis.magnitude_scale"
+    rewrite(folder, set_bytes(name, np.float32(-0.5).tobytes(), at=20))
+    resum(folder)
+    with pytest.raises(CheckpointError, match=f"tensor {name} has values below 0, want none"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("bits", [0, 2, 4, 7])
+def test_columns_that_disagree_with_the_bits_of_blocks(folder: Path, bits: int) -> None:
+    """128 columns have 3 bits, 12 have 1: another number of either is told, their order is free."""
+    codes = open_checkpoint(folder).tensors["b.apart.columns"].array().copy()
+    rewrite(folder, set_bytes("b.apart.columns", np.flip(codes).tobytes()))
+    resum(folder)
+    open_checkpoint(folder)
+    rewrite(folder, set_bytes("b.apart.columns", bytes([int(codes[-1]) // 8 * 8 + bits])))
+    resum(folder)
+    message = "tensor b.apart.columns gives columns other bits than config.json gives their blocks"
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(folder)
 
 
@@ -511,6 +673,7 @@ def test_bits_behind_a_row(folder: Path) -> None:
         ("a.linear.scale", np.float16("nan").tobytes()),
         ("a.shifted.shift", np.float16("inf").tobytes()),
         ("pocketllm_codecs.table.table_scale", np.float32("inf").tobytes()),
+        ("pocketllm_codecs.trellis.magnitude_scale", np.float32("nan").tobytes()),
         ("pocketllm_codecs.half.table", np.float16("nan").tobytes()),
         ("pocketllm_codecs.decoded.codebook", np.float16("nan").tobytes()),
         ("pocketllm_codecs.decoded.decoder", np.float16("-inf").tobytes()),
@@ -523,11 +686,12 @@ def test_values_that_are_not_finite(folder: Path, name: str, value: bytes) -> No
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("byte", [b"\0", b"\xf0"])
-def test_base_exponent_out_of_range(folder: Path, byte: bytes) -> None:
-    rewrite(folder, set_bytes("embed.scale", byte))
+@pytest.mark.parametrize("name", ["embed.scale", "b.apart.scale", "b.alike.shift"])
+@pytest.mark.parametrize("byte", [b"\0", b"\xf8"])
+def test_base_exponent_out_of_range(folder: Path, name: str, byte: bytes) -> None:
+    rewrite(folder, set_bytes(name, byte))
     resum(folder)
-    with pytest.raises(CheckpointError, match="embed.scale starts with the exponent"):
+    with pytest.raises(CheckpointError, match=f"{name} starts with the exponent"):
         open_checkpoint(folder)
 
 
@@ -648,6 +812,23 @@ def test_writer_checks_what_it_is_given(tmp_path: Path) -> None:
     for message, module in cases.items():
         with pytest.raises(PocketError, match=message):
             simple_checkpoint(tmp_path / "model", modules=[module], codecs=[codec])
+    coded = random_codec("t", storage="trellis")
+    apart = random_module("m", (3, 140), coded, bits=(3, 1))
+    for message, wrong in {
+        "m.weight: got uint8 \\[149\\], want U8 \\[150\\]": {"packed": apart.packed[1:]},
+        "m.columns: got uint8 \\[139\\]": {"columns": apart.columns[1:]},
+        "m.columns: missing, want U8 \\[140\\]": {"columns": None},
+        "m.weight: got uint8 \\[150\\], want U8 \\[108\\]": {
+            "spec": dataclasses.replace(apart.spec, bits=2.0)
+        },
+        "module 'm': bits is \\[\\[1, 1\\], \\[3, 1\\]\\], want": {
+            "spec": dataclasses.replace(apart.spec, bits=(1, 3)),
+            "packed": np.zeros(3 * (18 + 2 * 16), np.uint8),
+        },
+    }.items():
+        module = dataclasses.replace(apart, **wrong)
+        with pytest.raises(PocketError, match=message):
+            simple_checkpoint(tmp_path / "model", modules=[module], codecs=[coded])
     twice = {"m.weight": ArrayTensor(np.zeros(3, np.float32), "F32")}
     with pytest.raises(PocketError, match="both dense and compressed"):
         simple_checkpoint(tmp_path / "model", modules=[good], codecs=[codec], dense_tensors=twice)

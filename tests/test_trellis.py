@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressed import random_columns, random_symbols
 
 from pocketllm import kernels, ops, reference, trellis, trellis_bits
 from pocketllm.encode import factorise
@@ -37,22 +38,15 @@ BITS: list[trellis.Bits] = [
 
 
 def symbols_of(bits: trellis.Bits, rows: int, columns: int) -> np.ndarray:
-    """Random symbols (rows, columns) of weights with these bits, stored order."""
-    blocks, extra = trellis.block_bits(bits, columns)
-    each = np.repeat(blocks.astype(int), trellis.BLOCK)[:columns]
-    more = trellis.is_richer(extra, rows)[:, None]
-    size = 1 << np.where(each > 0, each + more, 0)
-    return np.random.default_rng(0).integers(0, size).astype(np.uint8)
+    """Always the same random symbols."""
+    return random_symbols(bits, rows, columns, np.random.default_rng(0))
 
 
 def random_matrix(bits: trellis.Bits, rows: int, columns: int) -> ops.Matrix:
     """A random matrix as the operators take it, with row scales."""
     rng = np.random.default_rng(1)
     packed = trellis.pack(symbols_of(bits, rows, columns), bits)
-    codes = None
-    if isinstance(bits, tuple):
-        each = np.repeat(np.array(bits), trellis.BLOCK)[:columns]
-        codes = trellis.column_codes(rng.permutation(each), rng.integers(0, 32, columns))
+    codes = random_columns(bits, columns, rng)
     return ops.Matrix(
         torch.from_numpy(packed),
         torch.from_numpy(np.r_[120, rng.integers(100, 140, rows)].astype(np.uint8)),
