@@ -48,8 +48,9 @@ class PocketConfig:
         target_size: target size of all weight files in bytes.
         subvector: d, values per sub-vector, 1 to 16.
         codebook: K, codewords, 2 to 65536.
-        codec: what ``bits`` and ``target_size`` choose from: ``"trellis"`` codes, ``"codebook"``
-            shapes, or ``"auto"``: trellis codes unless another setting asks for codebooks.
+        codec: what ``bits`` and ``target_size`` choose from: ``"trellis"`` codes (of 1 to 6 bits,
+            and codebooks for fewer and more), ``"codebook"`` shapes, or ``"auto"``: trellis codes
+            unless another setting asks for codebooks.
         prefer: what ``bits`` and ``target_size`` spend on: ``"quality"``, or ``"speed"``: of the
             codebook shapes only those small enough to be looked up in registers, some of them as
             magnitudes with all their signs. With ``subvector`` and ``codebook`` the latter alone.

@@ -14,10 +14,12 @@ from pocketllm import decoder_layer, hf
 from pocketllm.decoder_stack import OneTokenModel
 
 
-def compressed(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
+def compressed(
+    architecture: str = "llama", dtype: torch.dtype = torch.float32, storage: str = "table-int8"
+) -> nn.Module:
     """A model with random packed weights."""
     model = tiny_model(architecture, dtype)
-    hf.install_compressed(model, *random_compression(model, embeddings=False))
+    hf.install_compressed(model, *random_compression(model, embeddings=False, storage=storage))
     return model.eval()
 
 

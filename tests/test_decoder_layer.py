@@ -24,9 +24,12 @@ from pocketllm.linear import CodecBank, PocketLinear
 ARCHITECTURES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3"]
 
 
+@pytest.mark.parametrize("storage", ["table-int8", "trellis"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gives_what_transformers_gives(architecture: str, counter: Counter, exact: None) -> None:
-    model = compressed(architecture)
+def test_gives_what_transformers_gives(
+    architecture: str, storage: str, counter: Counter, exact: None
+) -> None:
+    model = compressed(architecture, storage=storage)
     want = logits_of(plain(model), tokens(9, 1))
     assert counter.calls == 0
     got = logits_of(model, tokens(9, 1))

@@ -37,13 +37,18 @@ def caches_are_equal(a: DynamicCache, b: DynamicCache) -> bool:
     )
 
 
+@pytest.mark.parametrize("storage", ["table-int8", "trellis"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_gives_what_the_layers_give_one_by_one(
-    architecture: str, dtype: torch.dtype, counter: Counter, monkeypatch: pytest.MonkeyPatch
+    architecture: str,
+    dtype: torch.dtype,
+    storage: str,
+    counter: Counter,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decoder_cache, "_SPARE", 2)
-    model, ids = compressed(architecture, dtype), tokens(16, 1)
+    model, ids = compressed(architecture, dtype, storage), tokens(16, 1)
     caches = [begun(each, ids[:, :7]) for each in (model, layer_by_layer(model))]
     counter.calls = counter.layers = 0
     got = read(model, ids[:, 7:], caches[0])

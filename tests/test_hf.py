@@ -67,12 +67,17 @@ def assert_same_state(first: nn.Module, second: nn.Module) -> None:
 # ---- every architecture -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("embeddings", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_architectures(tmp_path: Path, architecture: str, embeddings: bool) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "storage"),
+    [
+        *((name, storage) for name in ARCHITECTURES for storage in ("decoder", "table-int8")),
+        *((name, "trellis") for name in ("llama-tied", "gemma", "mixtral", "gpt2")),
+    ],
+)
+def test_architectures(tmp_path: Path, architecture: str, storage: str) -> None:
     """Loaded = decompressed and loaded as dense; saved again = loaded; dequantised = dense."""
     original = tiny_model(architecture)
-    storage = "table-int8" if embeddings else "decoder"
+    embeddings = storage != "decoder"
     folder = write_tiny(
         tmp_path / "model", original, embeddings=embeddings, shift=embeddings, storage=storage
     )
@@ -105,16 +110,20 @@ def test_architectures(tmp_path: Path, architecture: str, embeddings: bool) -> N
     assert_same_state(load(tmp_path / "restored"), dense)
 
 
+@pytest.mark.parametrize("storage", ["table-int8", "trellis"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
-    folder = write_tiny(tmp_path / "model", tiny_model("llama-tied", torch.bfloat16))
+def test_dtypes(tmp_path: Path, dtype: torch.dtype, storage: str) -> None:
+    original = tiny_model("llama-tied", torch.bfloat16)
+    folder = write_tiny(tmp_path / "model", original, storage=storage)
     model = load(folder, dtype=dtype)
     assert model.dtype == dtype and logits(model).dtype == dtype
     for name, tensor in model.state_dict().items():
-        if name.endswith((".scale", ".shift")):
+        if name.endswith((".scale", ".shift", ".columns")):
             assert tensor.dtype == torch.uint8
-        elif name.endswith("table_scale"):
+        elif name.endswith(("table_scale", "magnitude_scale")):
             assert tensor.dtype == torch.float32
+        elif name.endswith((".table", ".magnitude")):
+            assert tensor.dtype == torch.int8
         elif name.endswith("norm.weight"):
             assert tensor.dtype == dtype
     full = load(folder, dtype=torch.float32)
@@ -180,12 +189,13 @@ def test_compile(tmp_path: Path) -> None:
         )
 
 
-def test_install_in_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["table-int8", "trellis"])
+def test_install_in_memory(tmp_path: Path, storage: str) -> None:
     """A model compressed in memory is the one that is written and loaded."""
     for architecture in ("llama-tied", "gpt2"):
-        folder = write_tiny(tmp_path / architecture, tiny_model(architecture))
+        folder = write_tiny(tmp_path / architecture, tiny_model(architecture), storage=storage)
         model = tiny_model(architecture)
-        codecs, modules = tiny_models.random_compression(model)
+        codecs, modules = tiny_models.random_compression(model, storage=storage)
         install_compressed(model, codecs, modules, {"seed": 3})
         assert torch.equal(logits(model), logits(load(folder)))
         model.save_pretrained(tmp_path / "saved" / architecture)
@@ -194,13 +204,18 @@ def test_install_in_memory(tmp_path: Path) -> None:
         assert_same_state(again, model)
 
 
-def test_compress_while_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "storage"),
+    [({"subvector": 2, "codebook": 256, "epochs": 2}, "table-int8"), ({"bits": 4}, "trellis")],
+)
+def test_compress_while_loading(tmp_path: Path, settings: dict[str, Any], storage: str) -> None:
     """from_pretrained(dense, quantization_config=PocketConfig(...)) compresses in memory."""
     original = tiny_model("llama-tied")
     original.save_pretrained(tmp_path / "dense")
-    config = PocketConfig(subvector=2, codebook=256, embeddings=True, epochs=2)
+    config = PocketConfig(**settings, embeddings=True)
     model = load(tmp_path / "dense", quantization_config=config)
     assert isinstance(model.model.layers[1].mlp.down_proj, PocketLinear)
+    assert model.model.layers[1].mlp.down_proj.codec.spec.storage == storage
     assert isinstance(model.lm_head, PocketTiedLinear)
     weight = original.model.layers[1].mlp.down_proj.weight
     packed = model.model.layers[1].mlp.down_proj.dequantize()

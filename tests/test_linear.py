@@ -11,7 +11,7 @@ import independent_reader
 import numpy as np
 import pytest
 import torch
-from compressed import random_codec, random_module
+from compressed import falling_bits, random_codec, random_module
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,18 +24,18 @@ from pocketllm.linear import (
 )
 from pocketllm.schema import codec_tensor, module_tensor
 
-STORAGES = ["table-int8", "table-float16", "decoder"]
-# (out, in): smaller than a tile, in not a multiple of d, one row, one column
-SHAPES = [(64, 48), (37, 29), (1, 16), (5, 1), (130, 67)]
+APART = "trellis, columns with bits of their own"
+STORAGES = ["table-int8", "table-float16", "decoder", "trellis", APART]
+# (out, in): smaller than a tile, in not a multiple of d, one row, one column, blocks of a trellis
+SHAPES = [(64, 48), (37, 29), (1, 16), (5, 1), (130, 67), (20, 300)]
 # Products are float32 sums in another order than PyTorch's.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def fill(module: nn.Module, arrays: dict[str, np.ndarray | None]) -> None:
+def fill(module: nn.Module, arrays: dict[str, np.ndarray]) -> None:
     """Copy arrays into buffers of the same name."""
     for name, array in arrays.items():
-        if array is not None:
-            getattr(module, name).copy_(torch.from_numpy(array))
+        getattr(module, name).copy_(torch.from_numpy(array))
 
 
 def make(
@@ -50,11 +50,11 @@ def make(
 ) -> tuple[PocketLinear | PocketEmbedding, Tensor]:
     """A module with random content and its dense weight by the independent reader."""
     norm = "rln" if storage == "decoder" else "input"
-    codec = random_codec("c", 4, codebook, storage=storage, norm=norm)
-    data = random_module("m", shape, codec, scale=scale, shift=shift, spread=0.2)
+    codec = random_codec("c", 4, codebook, storage=storage.split(",")[0], norm=norm)
+    bits = falling_bits(shape[1]) if storage == APART else 2.25
+    data = random_module("m", shape, codec, scale=scale, shift=shift, spread=0.2, bits=bits)
     tensors = {codec_tensor("c", part): array for part, array in codec.parts.items()}
-    stored = {"weight": data.packed, "scale": data.scale, "shift": data.shift}
-    tensors.update({module_tensor("m", p): a for p, a in stored.items() if a is not None})
+    tensors.update({module_tensor("m", part): array for part, array in data.parts.items()})
     entries = {"c": codec.spec.to_json()}
     dense = independent_reader.decode_module("m", data.spec.to_json(), entries, tensors)
 
@@ -63,13 +63,15 @@ def make(
     rows, columns = shape
     if embedding:
         module: PocketLinear | PocketEmbedding = PocketEmbedding(
-            rows, columns, bank["c"], scale=scale, shift=shift
+            rows, columns, bank["c"], scale=scale, shift=shift, bits=data.spec.bits
         )
     else:
-        module = PocketLinear(columns, rows, bank["c"], bias=bias, scale=scale, shift=shift)
+        module = PocketLinear(
+            columns, rows, bank["c"], bias=bias, scale=scale, shift=shift, bits=data.spec.bits
+        )
         if bias:
             nn.init.normal_(module.bias)
-    fill(module, stored)
+    fill(module, data.parts)
     return module.eval(), torch.from_numpy(dense).float()
 
 
@@ -116,7 +118,7 @@ def test_without_scale_and_bias(storage: str) -> None:
     linear, dense = make(storage=storage, scale=False, bias=False)
     x = torch.randn(4, 29)
     torch.testing.assert_close(linear(x), functional.linear(x, dense), **CLOSE)
-    assert set(linear.state_dict()) == {"weight"}
+    assert set(linear.state_dict()) == {"weight"} | ({"columns"} if storage == APART else set())
 
 
 @pytest.mark.parametrize("codebook", [2, 5, 300, 4096, 65536])
@@ -195,9 +197,10 @@ def test_autocast() -> None:
     )
 
 
+@pytest.mark.parametrize("storage", ["table-int8", APART])
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
-def test_casts_leave_the_stored_tensors_alone(cast: str) -> None:
-    linear, _ = make(shift=True)
+def test_casts_leave_the_stored_tensors_alone(cast: str, storage: str) -> None:
+    linear, _ = make(storage=storage, shift=True)
     bank = CodecBank([])
     bank.add_module("c", linear.codec)
     model = nn.ModuleDict({"layer": linear, "bank": bank})
@@ -232,8 +235,9 @@ def test_state_dict_has_the_names_of_the_format() -> None:
     assert [name for name, _ in linear.named_parameters()] == ["bias"]
 
 
-def test_copies_and_pickles() -> None:
-    linear, _ = make()
+@pytest.mark.parametrize("storage", ["table-int8", APART])
+def test_copies_and_pickles(storage: str) -> None:
+    linear, _ = make(storage=storage)
     x = torch.randn(2, 29)
     model = nn.ModuleDict({"layer": linear, "bank": CodecBank([])})
     model["bank"].add_module("c", linear.codec)
@@ -245,7 +249,8 @@ def test_copies_and_pickles() -> None:
     loaded = torch.load(stream, weights_only=False)
     for other in (twin, loaded):
         assert torch.equal(other["layer"](x), linear(x))
-    twin["bank"]["c"].table.zero_()
+    levels = "table" if storage == "table-int8" else "magnitude"
+    getattr(twin["bank"]["c"], levels).zero_()
     assert torch.equal(twin["layer"](x), twin["layer"].bias.expand(2, -1))
     assert not torch.equal(linear(x), linear.bias.expand(2, -1))
 
@@ -262,6 +267,23 @@ def test_changed_tensors_are_seen() -> None:
     torch.testing.assert_close(
         linear(x), functional.linear(x, linear.dequantize(), linear.bias), **CLOSE
     )
+
+
+@pytest.mark.parametrize("name", ["columns", "magnitude", "magnitude_scale"])
+def test_changed_tensors_of_a_trellis_are_seen(name: str) -> None:
+    linear, _ = make(storage=APART)
+    x = torch.randn(2, 29)
+    before = linear(x)
+    with torch.no_grad():
+        if name == "columns":
+            linear.columns += 8 * 4 * (linear.columns < 8 * 28)  # half the scale
+        else:
+            getattr(linear.codec, name).copy_(getattr(linear.codec, name) / 2)
+    after = linear(x)
+    torch.testing.assert_close(
+        after, functional.linear(x, linear.dequantize(), linear.bias), **CLOSE
+    )
+    assert not torch.allclose(after, before, rtol=0.05)
 
 
 def test_caches_do_not_outlive_the_module() -> None:
@@ -309,8 +331,9 @@ def test_bias_alone_gets_its_gradient() -> None:
     torch.testing.assert_close(linear.bias.grad, torch.full((37,), 4.0))
 
 
-def test_operators_keep_their_contracts() -> None:
-    linear, _ = make((6, 9), shift=True)
+@pytest.mark.parametrize("storage", ["table-int8", APART])
+def test_operators_keep_their_contracts(storage: str) -> None:
+    linear, _ = make((6, 9), storage, shift=True)
     x = torch.randn(3, 9, requires_grad=True)
     matrix = linear.matrix()
     torch.library.opcheck(torch.ops.pocketllm.matmul, (x, linear.bias.detach(), *matrix))
@@ -318,7 +341,7 @@ def test_operators_keep_their_contracts() -> None:
     torch.library.opcheck(torch.ops.pocketllm.embedding, (torch.tensor([0, 5]), *matrix))
 
 
-@pytest.mark.parametrize("storage", ["table-int8", "decoder"])
+@pytest.mark.parametrize("storage", ["table-int8", "decoder", "trellis", APART])
 def test_compile(storage: str) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

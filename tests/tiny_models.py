@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compressed import random_codec, random_module
+from compressed import falling_bits, random_codec, random_module
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -46,10 +46,13 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int 
 def random_compression(
     model: nn.Module, *, embeddings: bool = True, shift: bool = False, storage: str = "table-int8"
 ) -> tuple[list[CodecData], list[ModuleData]]:
-    """Random codes of the model's own shapes: what a checkpoint holds, not a good compression."""
+    """Random codes of the model's own shapes: what a checkpoint holds, not a good compression.
+
+    With storage ``"trellis"`` every other linear layer has bits for each block of its columns.
+    """
     norm = "rln" if storage == "decoder" else "input"
     codec = random_codec("main", 4, 60, storage=storage, norm=norm)
-    head = random_codec("embedding", 3, 16, seed=1)
+    head = codec if storage == "trellis" else random_codec("embedding", 3, 16, seed=1)
     targets, _ = walk(model, embeddings=embeddings)
     modules = []
     for target in targets:
@@ -61,12 +64,19 @@ def random_compression(
             modules.append(ModuleData(spec))
             continue
         used = head if target.kind == "embedding" else codec
+        apart = target.kind != "embedding" and len(modules) % 2 == 1
         modules.append(
             random_module(
-                target.name, target.shape, used, kind=target.kind, shift=shift, dtype=dtype
+                target.name,
+                target.shape,
+                used,
+                kind=target.kind,
+                shift=shift,
+                dtype=dtype,
+                bits=falling_bits(target.shape[1]) if apart else 2.25,
             )
         )
-    return [codec, head] if embeddings else [codec], modules
+    return [codec, head] if embeddings and head is not codec else [codec], modules
 
 
 def write_tiny(out: Path, model: nn.Module, *, shard_bytes: int = 10**9, **options: Any) -> Path:
