@@ -94,6 +94,7 @@ def test_version() -> None:
         (("compress", "model", "out", "--subvector", "4"), "both or neither"),
         (("compress", "model", "out", "--codebook", "256"), "both or neither"),
         (("compress", "model", "out", "--method", "magic"), "magic"),
+        (("compress", "model", "out", "--codec", "zip"), "zip"),
         (("compress", "model", "out", "--embeddings", "some"), "some"),
         (("compress", "model", "out", "--workers", "0"), "--workers"),
         (("compress", "model", "out", "--seed", "-3"), "--seed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import independent_reader
 import numpy as np
 import pytest
 import tiny_llama
@@ -27,7 +29,7 @@ from pocketllm.checkpoint import open_checkpoint
 from pocketllm.workspace import Workspace
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
-# Training long enough for a signal to come in time.
+# Training long enough for a signal to come in time; what asks for epochs gets codebooks.
 SETTINGS = {"calibration_windows": 4, "epochs": 12}
 
 
@@ -47,6 +49,52 @@ def job(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("--bits", "3.5", "--calibration", str(text), "--config", str(config), "--seed", "3"),
         str(model),
     ]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of odd widths and few rows, whose down projections have inputs far apart; one of its
+    matrices is zero."""
+    folder = tiny_llama.make(
+        tmp_path_factory.mktemp("dense") / "uneven",
+        hidden=44,
+        layers=2,
+        intermediate_size=300,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=10,
+    )
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        spread = torch.exp(1.5 * torch.randn(300, 1, generator=torch.manual_seed(5)))
+        for name, tensor in tensors.items():
+            if name.endswith("up_proj.weight"):
+                tensor.mul_(spread.to(tensor.dtype))
+        tensors["model.layers.1.self_attn.v_proj.weight"].zero_()
+
+    edit_tensors(folder, edit)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def coded_job(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """As ``job``, with trellis codes."""
+    folder = tmp_path_factory.mktemp("coded job")
+    text, config = folder / "text.txt", folder / "config.json"
+    text.write_text(tiny_llama.TEXT)
+    config.write_text(json.dumps({"calibration_windows": 3}))
+    return [
+        *("--bits", "3.5", "--calibration", str(text), "--config", str(config), "--seed", "3"),
+        str(uneven),
+    ]
+
+
+@pytest.fixture(scope="module")
+def coded(coded_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of ``coded_job`` from start to end makes."""
+    out = tmp_path_factory.mktemp("coded") / "small"
+    assert cli.main(["compress", *coded_job, str(out), "--codec", "trellis"]) == 0
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +244,90 @@ def test_same_bytes_with_one_and_two_workers(
         assert digest(out) == digest(undisturbed)
 
 
+def test_trellis_codes_of_every_kind_come_back(
+    coded: Path, uneven: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Columns with bits of their own, fewer rows than the register has bits, and nothing but zeros:
+    read independently, loaded, and as dense as the model was."""
+    layout = open_checkpoint(coded).layout
+    coded_modules = [module for module in layout.modules.values() if module.bits is not None]
+    assert {codec.storage for codec in layout.codecs.values()} == {"trellis"}
+    assert len(coded_modules) == len(layout.modules) == 14
+    down = [module for module in coded_modules if module.name.endswith("down_proj")]
+    assert all(module.shape == (44, 300) and isinstance(module.bits, tuple) for module in down)
+    assert min(module.shape[0] for module in coded_modules) == 10
+
+    matrices, _ = independent_reader.read(coded)
+    original = load_file(uneven / "model.safetensors")
+    for name, values in matrices.items():
+        weight = original[f"{name}.weight"].double().numpy()
+        found = open_checkpoint(coded).load_dequantised(name)
+        np.testing.assert_allclose(found, values, rtol=2e-5, atol=2e-6)
+        if name.endswith(("gate_proj", "up_proj")):
+            # What 3 bits are good for, and feedback adds where inputs are alike.
+            assert np.square(values - weight).sum() < 0.1 * np.square(weight).sum()
+    assert not matrices["model.layers.1.self_attn.v_proj"].any()
+
+    assert cli.main(["decompress", str(coded), str(tmp_path / "dense")]) == 0
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    assert dense.keys() == original.keys()
+    for name, values in matrices.items():
+        rounded = torch.from_numpy(values).float().bfloat16()
+        torch.testing.assert_close(dense[f"{name}.weight"], rounded, rtol=2**-7, atol=1e-6)
+
+    text, figures = tmp_path / "held out.txt", tmp_path / "figures.json"
+    text.write_text(tiny_llama.TEXT[:2000])
+    arguments = ["--text", str(text), "--against", str(tmp_path / "dense"), "--json", str(figures)]
+    assert cli.main(["eval", str(coded), *arguments]) == 0
+    assert 0 <= json.loads(figures.read_text())["kl"]["held out.txt"] < 1e-3
+    capsys.readouterr()
+    assert cli.main(["inspect", str(coded)]) == 0
+    said = capsys.readouterr().out
+    (row,) = [line for line in said.splitlines() if line.startswith("pocketllm_codecs.trellis ")]
+    assert row.split()[1:] == ["codec", "252", "trellis", "-", "276", *row.split()[-2:]]
+    assert "| trellis | – | – | trellis codes |" in (coded / "README.md").read_text()
+
+
+def test_codecs_to_choose_from(coded_job: list[str], coded: Path, tmp_path: Path) -> None:
+    """Trellis codes are what "auto" takes, unless a setting asks for codebooks."""
+    assert cli.main(["compress", *coded_job, str(tmp_path / "auto"), "--codec", "auto"]) == 0
+    assert digest(tmp_path / "auto") == digest(coded)
+    (size, bits, *_, model) = coded_job
+    for name, options in {
+        "codebook": [size, bits, "--codec", "codebook"],
+        "speed": [size, bits, "--codec", "auto", "--prefer", "speed"],
+    }.items():
+        assert cli.main(["compress", model, str(tmp_path / name), *options]) == 0
+        checkpoint = open_checkpoint(tmp_path / name)
+        assert {c.storage for c in checkpoint.layout.codecs.values()} == {"table-int8"}
+        assert checkpoint.bits_per_weight <= float(bits)
+
+
+def test_dry_run_with_trellis_codes(
+    coded_job: list[str], coded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "plan.json"
+    options = ["--codec", "trellis", "--dry-run", "--json", str(figures)]
+    assert cli.main(["compress", *coded_job, *options]) == 0
+    said = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in said if line.startswith("trellis ")]
+    assert row.split()[:6] == ["trellis", "-", "-", "trellis", "14", "84,480"]
+    planned, made = json.loads(figures.read_text()), open_checkpoint(coded)
+    assert planned["bits_per_weight"] == pytest.approx(made.bits_per_weight, rel=0.1)
+    assert planned["bytes"] == pytest.approx(made.bytes, rel=0.1)
+    assert set(planned["speeds"]) == {"trellis"} and planned["speeds"]["trellis"] > 0
+    assert {tensor["codec"] for tensor in planned["tensors"]} == {"trellis"}
+
+
+def test_same_trellis_codes_for_any_number_of_workers(
+    coded_job: list[str], coded: Path, tmp_path: Path
+) -> None:
+    for workers in ("1", "2"):
+        out = tmp_path / workers
+        assert cli.main(["compress", *coded_job, str(out), "--workers", workers]) == 0
+        assert digest(out) == digest(coded)
+
+
 def test_speed_takes_only_tables_for_registers(job: list[str], tmp_path: Path) -> None:
     out = tmp_path / "fast"
     assert cli.main(["compress", *job, str(out), "--prefer", "speed"]) == 0
@@ -211,16 +343,35 @@ def test_target_size_is_met(model: Path, tmp_path: Path) -> None:
     assert 0.8 * cli.parse_size(wanted) < open_checkpoint(out).bytes <= cli.parse_size(wanted)
 
 
-@pytest.mark.parametrize("parts", [0, 1, 2, 9, 21])
+@dataclasses.dataclass
+class Run:
+    """Arguments but for the folder to make, and what they make."""
+
+    job: list[str]
+    made: Path
+
+
+@pytest.fixture(params=["codebook", "trellis"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """With each codec."""
+    names = {"codebook": ("job", "undisturbed"), "trellis": ("coded_job", "coded")}
+    return Run(*map(request.getfixturevalue, names[request.param]))
+
+
+# Sensitivities, codecs, then matrices; with trellis codes none, and all but the last one.
+@pytest.mark.parametrize(
+    ("run", "parts"),
+    [*(("codebook", n) for n in (0, 1, 2, 9, 21)), *(("trellis", n) for n in (1, 2, 15))],
+    indirect=["run"],
+)
 def test_resume_after_any_part(
-    job: list[str],
-    undisturbed: Path,
+    run: Run,
     tmp_path: Path,
     parts: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "small"
+    job, out = run.job, tmp_path / "small"
     stored: list[str] = []
     store = Workspace.store
 
@@ -241,7 +392,7 @@ def test_resume_after_any_part(
     assert "another seed" in sentence(capsys)
     assert not out.exists()
     assert cli.main(["compress", *job, str(out), "--resume"]) == 0
-    assert digest(out) == digest(undisturbed)
+    assert digest(out) == digest(run.made)
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -402,6 +553,10 @@ def test_broken_models(
         (["--subvector", "17", "--codebook", "16"], "subvector"),
         (["--subvector", "4", "--codebook", "65537"], "codebook"),
         (["--subvector", "16", "--codebook", "65536"], "codebook"),
+        (["--codec", "trellis", "--preset", "paper-8x"], "does not go with subvector = 4"),
+        (["--codec", "trellis", "--subvector", "4", "--codebook", "256"], "with subvector = 4"),
+        (["--codec", "trellis", "--prefer", "speed"], "does not go with prefer = 'speed'"),
+        (["--codec", "trellis", "--bits", "0.3"], "bits per weight cannot be met"),
         (["--json", "nowhere/figures.json"], "--json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
