@@ -23,6 +23,21 @@ def test_every_codec_is_learnt_from_some_matrix(architecture: str, bits: float) 
     assert plan.weights == sum(t.weights for t in owners)
 
 
+@pytest.mark.parametrize(
+    ("bits", "storage"),
+    [(1.0, "table-int8"), (1.5, "trellis"), (6.5, "trellis"), (7.5, "table-int8")],
+)
+def test_sizes_that_trellis_codes_cannot_have_are_met_with_codebooks(
+    bits: float, storage: str
+) -> None:
+    """They have 1 to 6 bits, to which row scales and the codec add some in a tiny model."""
+    plan = make_plan(tiny_model("llama"), PocketConfig(bits=bits, codec="trellis"))
+    assert {codec.storage for codec in plan.codecs.values()} == {storage}
+    assert set(plan.rates) == ({t.name for t in plan.targets} if storage == "trellis" else set())
+    assert all(1 <= rate.rate <= 6 for rate in plan.rates.values())
+    assert bits - 0.15 < plan.bits_per_weight <= bits
+
+
 def test_speeds_are_measured_and_slow_codecs_named(capsys: pytest.CaptureFixture[str]) -> None:
     config = PocketConfig(subvector=4, codebook=32, norm="rln")
     plan = make_plan(tiny_model("llama"), config)

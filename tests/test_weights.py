@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from pocketllm import calibrate, compressor, trellis
 from pocketllm import weights as weights_module
 from pocketllm.calibrate import Calibrator, HiddenStates
+from pocketllm.checkpoint import open_checkpoint
 from pocketllm.config import PocketConfig
 from pocketllm.dense import load_model
 from pocketllm.errors import PocketError
@@ -111,17 +112,24 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+@pytest.mark.parametrize("codec", ["codebook", "trellis"])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_same_bytes_as_from_a_loaded_model(
-    calibrated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calibrated: bool, codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_llama.make(tmp_path / "dense")
+    if codec == "trellis":
+        # The kernels' own segments, and matrices of more than two.
+        monkeypatch.setattr(trellis, "SEGMENT", 256)
+        model = tiny_llama.make(tmp_path / "dense", hidden=32, layers=1, intermediate_size=600)
+    else:
+        model = tiny_llama.make(tmp_path / "dense")
     text = tmp_path / "text.txt"
     text.write_text(tiny_llama.TEXT)
     config = PocketConfig(
         bits=4.0,
         embeddings=True,
-        epochs=1,
+        codec=codec,
+        epochs=1 if codec == "codebook" else None,
         calibration=str(text) if calibrated else None,
         calibration_windows=3,
     )
@@ -132,6 +140,9 @@ def test_same_bytes_as_from_a_loaded_model(
             compressor, "open_weights", lambda folder: (LoadedWeights(load_model(folder)), [])
         )
         compressor.compress(model, tmp_path / "loaded", config, progress=False)
+    layout = open_checkpoint(tmp_path / "loaded").layout
+    up = layout.modules["model.layers.0.mlp.up_proj"]
+    assert layout.codecs[up.codec].is_trellis == (codec == "trellis")
     streamed, loaded = digests(tmp_path / "streamed"), digests(tmp_path / "loaded")
     assert streamed == loaded
 
