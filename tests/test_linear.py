@@ -341,7 +341,7 @@ def test_operators_keep_their_contracts(storage: str) -> None:
     torch.library.opcheck(torch.ops.pocketllm.embedding, (torch.tensor([0, 5]), *matrix))
 
 
-@pytest.mark.parametrize("storage", ["table-int8", "decoder", "trellis", APART])
+@pytest.mark.parametrize("storage", ["table-int8", "decoder", APART])
 def test_compile(storage: str) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
