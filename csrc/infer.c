@@ -12,7 +12,7 @@
 #include "infer_gemm.h"
 #include "infer_span.h"
 #include "kernel.h"
-#include "trellis.h"
+#include "trellis_floats.h"
 
 enum {
     FEW_SPAN = 512,     /* about so many columns of a row are decoded at a time, few tokens */
@@ -117,30 +117,15 @@ static void run_decoder(const view *v, float *row, float *memory)
     }
 }
 
-/* target (in) = a row in trellis codes, its columns in the order of the matrix and times their factors. */
-static void decode_trellis_row(const view *v, ptrdiff_t row, float *target)
-{
-    const trellis *const t = &v->code;
-    memset(target, 0, (size_t)t->in * sizeof *target);
-    for (const trellis_span *span = t->span; span < t->span + t->spans; span++) {
-        int8_t bytes[TRELLIS_SPAN];
-        trellis_decode_bytes(t, row, span, bytes, VB_WIDTH);
-        for (ptrdiff_t i = 0; i < span->columns; i++) {
-            const ptrdiff_t at = span->first + i, step = i / TRELLIS_STEP * TRELLIS_STEP;
-            const float value = bytes[step + i % 8 * VB_WIDTH + i % TRELLIS_STEP / 8];
-            target[t->code->order ? t->code->order[at] : at] = t->code->factor ? value * t->code->factor[at] : value;
-        }
-    }
-}
-
 /* target[0 .. part * d - 1] = the row's values from sub-vector first on (a multiple of 8), without
- * factor, scale and shift; then zeros up to a multiple of 16. With a decoder or a trellis the span is the row. */
+ * factors, scale and shift and in stored order; then zeros up to a multiple of 16. With a decoder or a trellis the span
+ * is the row. */
 static void decode_part(const view *v, ptrdiff_t row, ptrdiff_t first, ptrdiff_t part, float *target,
                         float *decoder_memory)
 {
     const ptrdiff_t values = part * v->w->codec->d;
     if (v->code.code)
-        decode_trellis_row(v, row, target);
+        trellis_decode_floats(&v->code, row, target);
     else
         decode_span(&v->plan, v->w->packed + row * v->row_stride_bytes + first / GROUP * v->plan.bits, part, target);
     if (v->w->codec->decoder)
@@ -176,6 +161,17 @@ static void finish_row(const view *v, ptrdiff_t row, const float *values, ptrdif
     }
 }
 
+/* row (in) = its values, which are as decode_part has them, in the order of the columns and times their factors. */
+static const float *in_order(const view *v, const float *values, float *row)
+{
+    const pllm_trellis *const code = v->code.code;
+    if (!code || !(code->order || code->factor))
+        return values;
+    for (ptrdiff_t i = 0; i < v->code.in; i++)
+        row[code->order ? code->order[i] : i] = code->factor ? values[i] * code->factor[i] : values[i];
+    return row;
+}
+
 int PLLM_SYM(pllm_decode_rows)(const pllm_matrix *w, ptrdiff_t first_row, const int64_t *row_index,
                                ptrdiff_t n, float *rows, int threads)
 {
@@ -196,8 +192,8 @@ int PLLM_SYM(pllm_decode_rows)(const pllm_matrix *w, ptrdiff_t first_row, const 
         for (ptrdiff_t first = 0; first < v.count; first += v.span) {
             const ptrdiff_t column = first * w->codec->d;
             decode_part(&v, row, first, smaller(v.span, v.count - first), values, values + v.stride);
-            finish_row(&v, row, values, smaller(v.stride, w->in_features - column),
-                       rows + i * w->in_features + column);
+            float *const out = rows + i * w->in_features + column;
+            finish_row(&v, row, in_order(&v, values, out), smaller(v.stride, w->in_features - column), out);
         }
     }
     free(v.memory);
@@ -247,7 +243,7 @@ static int multiply_few(const pllm_product *p, int threads)
     widen_table(&v, memory + n * x_stride);
     for (int t = 0; t < n; t++) {
         float *const target = memory + t * x_stride;
-        const float *const x = input_of(p, t, 0, w->in_features, target);
+        const float *const x = stored_input(p, t, 0, w->in_features, target);
         if (x != target)
             memcpy(target, x, (size_t)w->in_features * sizeof(float));
         memset(target + w->in_features, 0, (size_t)(x_stride - w->in_features) * sizeof(float));

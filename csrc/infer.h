@@ -28,6 +28,21 @@ static inline const float *input_of(const pllm_product *p, ptrdiff_t token, ptrd
     return buffer;
 }
 
+/* The same of the columns that are stored from `first` on, times their factors. */
+static inline const float *stored_input(const pllm_product *p, ptrdiff_t token, ptrdiff_t first, ptrdiff_t count,
+                                        float *buffer)
+{
+    const pllm_trellis *const code = p->w->codec->trellis;
+    if (!code || !(code->order || code->factor))
+        return input_of(p, token, first, count, buffer);
+    for (ptrdiff_t i = 0; i < count; i++) {
+        float value;
+        const float x = *input_of(p, token, code->order ? code->order[first + i] : first + i, 1, &value);
+        buffer[i] = code->factor ? x * code->factor[first + i] : x;
+    }
+    return buffer;
+}
+
 /* `count` values of a token's product from a row on. */
 static inline void put_output(const pllm_product *p, ptrdiff_t token, ptrdiff_t row, ptrdiff_t count,
                               const float *values)

@@ -102,7 +102,7 @@ static void pack_panel(const pllm_product *o, const panels *p, ptrdiff_t i, ptrd
         const ptrdiff_t end = begin + 16 < columns ? begin + 16 : columns;
         for (ptrdiff_t t = 0; t < real; t++) {
             float buffer[16];
-            const float *const source = input_of(o, first + t, begin, end - begin, buffer);
+            const float *const source = stored_input(o, first + t, begin, end - begin, buffer);
             for (ptrdiff_t k = begin; k < end; k++)
                 target[k * width + t] = source[k - begin];
         }

@@ -151,20 +151,6 @@ static ptrdiff_t span_columns(const view *v, ptrdiff_t s, ptrdiff_t *first)
     return smaller(values, v->w->in_features - *first);
 }
 
-/* `count` values of a token: of the columns that are stored from `first` on, with their factors. */
-static const float *stored_input(const view *v, ptrdiff_t token, ptrdiff_t first, ptrdiff_t count, float *buffer)
-{
-    const pllm_trellis *const code = v->code.code;
-    if (!code || !(code->order || code->factor))
-        return input_of(v->product, token, first, count, buffer);
-    for (ptrdiff_t i = 0; i < count; i++) {
-        float value;
-        const float x = *input_of(v->product, token, code->order ? code->order[first + i] : first + i, 1, &value);
-        buffer[i] = code->factor ? x * code->factor[first + i] : x;
-    }
-    return buffer;
-}
-
 /* target (width) = token t's span s, laid out. Returns its scale. */
 static float quantise_span(const view *v, ptrdiff_t t, ptrdiff_t s, int16_t *target)
 {
@@ -172,7 +158,7 @@ static float quantise_span(const view *v, ptrdiff_t t, ptrdiff_t s, int16_t *tar
     const ptrdiff_t here = span_columns(v, s, &first);
     float padded[SPAN_VALUES];
     quantised_span q;
-    const float *x = stored_input(v, t, first, here, padded);
+    const float *x = stored_input(v->product, t, first, here, padded);
     if (here < SPAN_VALUES) {
         if (x != padded)
             memcpy(padded, x, (size_t)here * sizeof *x);

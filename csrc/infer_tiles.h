@@ -116,6 +116,44 @@ PLLM_INLINE void ask_for_indices(const view *v, const tile_block *b, ptrdiff_t r
     ask_ahead(source, bytes - 1, 1); /* where it ends, in another line */
 }
 
+/* target (steps, 8, VB_WIDTH) = the values of a span as bytes, `apart` bytes from one vector to the next. */
+PLLM_INLINE void trellis_bytes_of(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start,
+                                  const trellis_span *span, const int bits, int8_t *target, ptrdiff_t apart)
+{
+    for (ptrdiff_t i = 0; i < trellis_steps(span); i++) {
+        trellis_values v;
+        trellis_step(tables, rows, start, span->first / 8 + i * VB_WIDTH, bits, &v);
+        PLLM_UNROLL
+        for (int j = 0; j < 8; j++, target += apart)
+            vb_store(target, STEP_VALUE(&v, bits, j));
+    }
+}
+
+#define TRELLIS_BYTES(B) \
+    static void trellis_bytes_##B(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start, \
+                                  const trellis_span *span, int8_t *target, ptrdiff_t apart) \
+    { \
+        trellis_bytes_of(tables, rows, start, span, B, target, apart); \
+    }
+EACH_TRELLIS_BITS(TRELLIS_BYTES)
+#undef TRELLIS_BYTES
+
+typedef void trellis_bytes_fn(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start,
+                              const trellis_span *span, int8_t *target, ptrdiff_t apart);
+#define TRELLIS_ENTRY(B) trellis_bytes_##B,
+static trellis_bytes_fn *const trellis_bytes_functions[] = {EACH_TRELLIS_BITS(TRELLIS_ENTRY)};
+#undef TRELLIS_ENTRY
+
+/* The values of a span of a row as bytes, as trellis_bytes_of has them. */
+static void trellis_decode_bytes(const trellis *t, ptrdiff_t row, const trellis_span *span, int8_t *target,
+                                 ptrdiff_t apart)
+{
+    const int more = pllm_trellis_more(t->code, row);
+    const uint8_t *rows[TRELLIS_GROUP_ROWS];
+    trellis_history(t, row, 1, rows);
+    trellis_bytes_functions[span->bits + more - 1](t->table, rows, t->start[more], span, target, apart);
+}
+
 /* w (width / STEP, PAIR_ROWS, STEP) = span s of row r, its place in the pair. row (width): zeros behind what is
  * decoded. */
 static void decode_row(const view *v, ptrdiff_t r, ptrdiff_t s, int8_t *row, int8_t *w)
