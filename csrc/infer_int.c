@@ -18,6 +18,7 @@ enum {
     FEW_TOKENS = 6,           /* that do not fill a panel; no more are taken one by one */
     TILE_ROWS_FEW = 16,       /* rows decoded at a time for them: half of a first-level cache */
     ROWS_ALONE = 64,          /* that a single token takes at a time; a multiple of every DOT_TOGETHER */
+    TURNS = 8,                /* about so many times a thread takes some, which lie one after another */
     TOKEN_BLOCK = 512,        /* tokens per pass over the matrix; a multiple of every WIDE */
     LARGEST_BYTE = 127,       /* of an activation, either sign */
     LARGEST_MULTIPLIER = 257, /* of a block of them */
@@ -252,7 +253,8 @@ static void multiply_one_by_one(const view *v, int threads)
 {
     const ptrdiff_t out = v->w->out_features;
     const ptrdiff_t step = v->tokens.tokens == 1 ? ROWS_ALONE : DOT_TOGETHER; /* rows stay in the cache for all */
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    const ptrdiff_t turn = 1 + out / (ROWS_ALONE * TURNS * threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, turn) if (threads > 1)
     for (ptrdiff_t begin = 0; begin < out; begin += ROWS_ALONE)
         for (ptrdiff_t first = begin; first < smaller(begin + ROWS_ALONE, out); first += step) {
             const ptrdiff_t end = smaller(first + step, out);
