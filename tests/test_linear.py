@@ -181,7 +181,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     expected = functional.linear(x.float(), dense, linear.bias).to(dtype)
     # Product and bias are each rounded to the dtype, so errors follow the largest of them.
     largest = functional.linear(x.float(), dense).abs().max() + linear.bias.abs().max()
-    tolerance = 2 * max(torch.finfo(dtype).eps, 2**-20) * float(largest)
+    tolerance = 2 * max(torch.finfo(dtype).eps, 2**-20) * largest.item()
     torch.testing.assert_close(result, expected, rtol=0, atol=tolerance)
 
 
