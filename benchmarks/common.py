@@ -140,13 +140,13 @@ def column_codes(module: ModuleSpec, random: np.random.Generator) -> np.ndarray 
 
 
 def view_of(
-    codec: CodecData, module: ModuleSpec, codes: np.ndarray | None
-) -> tuple[AnyView, np.ndarray | None]:
-    """What the kernels take of a matrix, and factors of its row scales, or None."""
+    codec: CodecData, module: ModuleSpec, codes: np.ndarray | None, scale: np.ndarray
+) -> tuple[AnyView, np.ndarray]:
+    """What the kernels take of a matrix, and the row scales that go with it."""
     if module.bits is None:
-        return codec_view(codec.spec, codec.parts), None
+        return codec_view(codec.spec, codec.parts), scale
     levels = codec.parts["magnitude"], codec.parts["magnitude_scale"]
-    return trellis.view(*levels, module.bits, *module.shape, codes)
+    return trellis.view(*levels, module.bits, scale, module.shape[1], codes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,9 +93,8 @@ class Packed:
         codec, module = shape.codec(random), shape.module("", rows, columns)
         size = module.payload_bytes(codec.spec)
         self.bits = 8 * size / (rows * columns)
-        self.codec, factor = view_of(codec, module, column_codes(module, random))
         scale = random.uniform(0.5, 1.5, rows).astype(np.float32)
-        self.scale = scale if factor is None else scale * factor
+        self.codec, self.scale = view_of(codec, module, column_codes(module, random), scale)
         count = max(2, min(16, cold // size))
         self.turn = itertools.count()
         self.copies = [random.integers(0, 256, size, dtype=np.uint8) for _ in range(count)]

@@ -209,15 +209,14 @@ class Checkpoint:
         if module.bits is None:
             codec: AnyView = self.codec_view(module.codec)
         else:
-            codec, factor = trellis.view(
+            codec, scale = trellis.view(
                 self._codec_part(module.codec, "magnitude"),
                 self._codec_part(module.codec, "magnitude_scale"),
                 module.bits,
-                rows,
+                scale,
                 columns,
                 self._part(name, "columns") if isinstance(module.bits, tuple) else None,
             )
-            scale = scale if factor is None else scale * factor
         return kernels.decode_rows(packed, columns, 0, rows, codec, scale, shift)
 
     def _codec_part(self, codec: str, part: str) -> np.ndarray:

@@ -310,18 +310,29 @@ class Compression:
         codec = self.codecs[self.plan.codec_of[target.name]]
         hessian = hessian if self.config.feedback else None
         factors = self._factors(hessian, codec)
-        arrays: dict[str, np.ndarray]
         with naming(target):
             scale, shift = row_statistics(
                 functools.partial(self.weights.parts, target),
                 row_scale=self.config.row_scale,
                 row_shift=self.config.row_shift,
             )
-        if codec.spec.is_trellis:
-            arrays = self._trellis(target, codec, scale, shift, hessian, factors)
-            self.workspace.store(_part(target), arrays)
-            self._load(target)
-            return
+        encode = self._trellis if codec.spec.is_trellis else self._codewords
+        arrays = encode(target, codec, scale, shift, hessian, factors)
+        if shift is not None:
+            arrays["shift"] = rowcode.encode(shift, signed=True)
+        self.workspace.store(_part(target), arrays)
+        self._load(target)
+
+    def _codewords(
+        self,
+        target: Target,
+        codec: StoredCodec,
+        scale: np.ndarray,
+        shift: np.ndarray | None,
+        hessian: np.ndarray | None,
+        factors: Factors | None,
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a matrix in indices of codewords, but for row shifts."""
         packed, squares, first = [], np.zeros(4), 0
         for weight in self.weights.parts(target):
             part = slice(first, first + len(weight))
@@ -332,13 +343,10 @@ class Compression:
             encoded = encode_rows(rows, weight, codec, hessian, factors=factors)
             packed.append(kernels.pack(encoded.index, codec.spec.index_bits).reshape(-1))
             squares += encoded.squares
-        arrays = {"packed": np.concatenate(packed), "squares": squares}
+        arrays: dict[str, np.ndarray] = {"packed": np.concatenate(packed), "squares": squares}
         if self.config.row_scale:
             arrays["scale"] = rowcode.encode(scale, signed=False)
-        if shift is not None:
-            arrays["shift"] = rowcode.encode(shift, signed=True)
-        self.workspace.store(_part(target), arrays)
-        self._load(target)
+        return arrays
 
     def _trellis(
         self,
@@ -349,7 +357,7 @@ class Compression:
         hessian: np.ndarray | None,
         factors: Factors | None,
     ) -> dict[str, np.ndarray]:
-        """The arrays of a matrix in trellis codes."""
+        """The arrays of a matrix in trellis codes, but for row shifts."""
         parts = functools.partial(self.weights.parts, target)
         rate, cost = self.plan.rates[target.name], self.plan.costs.get(target.name)
         energy = column_energy(parts(), scale, shift)
@@ -366,8 +374,6 @@ class Compression:
         }
         if coding.codes is not None:
             arrays["columns"] = coding.codes
-        if shift is not None:
-            arrays["shift"] = rowcode.encode(shift, signed=True)
         return arrays
 
     def _factors(self, hessian: np.ndarray | None, codec: StoredCodec) -> Factors | None:

@@ -295,7 +295,8 @@ def _encode_feedback(values: np.ndarray, table: np.ndarray, factors: Factors) ->
     rows, d = len(values), table.shape[1]
     ordered = values.reshape(rows, -1, d)[:, factors.order].reshape(rows, -1)
     found = kernels.encode_feedback(ordered, table, factors.metric, factors.feedback)
-    if AGAIN and factors.fixed_metric is not None and factors.fixed_feedback is not None:
+    if AGAIN:
+        assert factors.fixed_metric is not None and factors.fixed_feedback is not None
         fixed = factors.fixed_metric, factors.fixed_feedback
         found = kernels.encode_feedback(ordered, table, *fixed, found, AGAIN)
     index = np.empty_like(found)

@@ -692,9 +692,8 @@ def encode_trellis(
     where ``v = factor * level`` is what the bits chosen stand for. The bits of a segment of a
     column, 256 rows (the last has those left over, too), are the path through the trellis of the
     least sum of ``weight * (q - level)**2`` that ends with the register it starts with: the one
-    that
-    the best way from the segment's last 48 rows into its first 48 has between them. Segments of
-    fewer than 16 rows start with an empty register and end with any.
+    that the best way from the segment's last 48 rows into its first 48 has between them. Segments
+    of fewer than 16 rows start with an empty register and end with any.
     :func:`pocketllm.reference.trellis_levels` gives the levels of bits.
 
     Args:

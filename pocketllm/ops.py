@@ -259,8 +259,7 @@ def arrays_of(matrix: Matrix) -> Arrays:
             shift = rowcode.decode(_numpy(shift), signed=True)
         packed = _numpy(matrix.weight)
         if matrix.bits:
-            codec, factor = _trellis(matrix)
-            scale = scale if factor is None else scale * factor
+            codec, scale = _trellis(matrix, scale)
         else:
             codec = _codec(matrix)
         held = kernels.hold_matrix(packed, matrix.columns, codec, scale, shift)
@@ -269,13 +268,13 @@ def arrays_of(matrix: Matrix) -> Arrays:
     return arrays
 
 
-def _trellis(matrix: Matrix) -> tuple[AnyView, np.ndarray | None]:
+def _trellis(matrix: Matrix, scale: np.ndarray) -> tuple[AnyView, np.ndarray]:
     assert matrix.table_scale is not None
     return trellis.view(
         _numpy(matrix.table),
         _numpy(matrix.table_scale),
         matrix.trellis_bits,
-        matrix.rows,
+        scale,
         matrix.columns,
         None if matrix.codes is None else _numpy(matrix.codes),
     )

@@ -186,17 +186,17 @@ def view(
     magnitude: np.ndarray,
     magnitude_scale: np.ndarray,
     bits: Bits,
-    rows: int,
+    scale: np.ndarray,
     columns: int,
     codes: np.ndarray | None = None,
-) -> tuple[TrellisView, np.ndarray | None]:
-    """What the kernels take, and factors of the row scales, or None.
+) -> tuple[TrellisView, np.ndarray]:
+    """What the kernels take, and the row scales that go with it, float32 (out,).
 
     Args:
         magnitude: int8 (252,).
         magnitude_scale: float32 (6,), of the magnitudes of 1, 2, ... bits.
         bits: of the weights.
-        rows: out.
+        scale: float32 (out,) of the rows.
         columns: in.
         codes: uint8 (in,), where blocks have bits of their own.
     """
@@ -205,9 +205,9 @@ def view(
     blocks, extra = block_bits(bits, columns)
     magnitude = np.ascontiguousarray(magnitude)
     if codes is None:
-        each = int(blocks[0]) + is_richer(extra, rows).astype(np.int64)
-        return TrellisView(blocks, extra, magnitude), magnitude_scale[each - 1]
+        each = int(blocks[0]) + is_richer(extra, len(scale)).astype(np.int64)
+        return TrellisView(blocks, extra, magnitude), scale * magnitude_scale[each - 1]
     order = storage_order(codes)
     steps = np.concatenate([np.zeros(1, np.float32), magnitude_scale])[column_bits(codes)]
     factor = np.ascontiguousarray((column_scale(codes) * steps)[order])
-    return TrellisView(blocks, extra, magnitude, order, factor), None
+    return TrellisView(blocks, extra, magnitude, order, factor), scale

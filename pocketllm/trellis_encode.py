@@ -267,8 +267,7 @@ def decode(
     columns: int,
 ) -> np.ndarray:
     """The matrix (out, in) float32 that these codes stand for."""
-    view, factor = trellis.view(
-        stored["magnitude"], stored["magnitude_scale"], bits, len(scale), columns, codes
+    view, scale = trellis.view(
+        stored["magnitude"], stored["magnitude_scale"], bits, scale, columns, codes
     )
-    scale = scale if factor is None else scale * factor
     return kernels.decode_rows(packed, columns, 0, len(scale), view, scale, shift)

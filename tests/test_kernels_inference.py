@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packed_matrix import PackedMatrix
 
 from pocketllm import kernels, reference
 from pocketllm.kernels import CodecView
@@ -34,8 +35,10 @@ CODECS = [
 SHAPES = [(1, 1), (5, 17), (50, 257), (97, 600)]
 
 
-class Matrix:
+class Matrix(PackedMatrix):
     """A random compressed matrix."""
+
+    codec: CodecView
 
     def __init__(
         self,
@@ -68,25 +71,6 @@ class Matrix:
     def tokens(self, n: int) -> Any:
         """Random activations (n, in_features)."""
         return np.random.default_rng(n).standard_normal((n, self.in_features)).astype(np.float32)
-
-    def rows(self, first: int, count: int) -> Any:
-        """kernels.decode_rows of these rows."""
-        return kernels.decode_rows(
-            self.packed, self.in_features, first, count, self.codec, self.scale, self.shift
-        )
-
-    def twin(self) -> Any:
-        """The whole matrix in float64."""
-        return reference.decode_rows(
-            self.packed, self.in_features, 0, self.out_features, self.codec, self.scale, self.shift
-        )
-
-    def product(self, x: Any, activations: str = "float32") -> Any:
-        """kernels.matmul with x."""
-        return kernels.matmul(
-            x, self.packed, self.out_features, self.codec, self.scale, self.shift, self.bias,
-            activations=activations,
-        )  # fmt: skip
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)

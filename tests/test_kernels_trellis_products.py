@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packed_matrix import PackedMatrix
 
 from pocketllm import kernels, reference
 from pocketllm.kernels import TrellisView
@@ -35,8 +36,10 @@ CASES: list[tuple[int, int, int | list[int], int]] = [
 ]
 
 
-class Matrix:
+class Matrix(PackedMatrix):
     """A random matrix in trellis codes."""
+
+    codec: TrellisView
 
     def __init__(self, case: tuple[int, int, int | list[int], int], seed: int = 0) -> None:
         rng = np.random.default_rng([seed, case[0], case[1]])
@@ -71,25 +74,6 @@ class Matrix:
         """Random activations (n, in_features) of very different magnitudes."""
         x = np.random.default_rng(n).standard_normal((n, self.in_features))
         return (x * np.logspace(0, 2, self.in_features)).astype(np.float32)
-
-    def rows(self, first: int, count: int) -> Any:
-        """kernels.decode_rows of these rows."""
-        return kernels.decode_rows(
-            self.packed, self.in_features, first, count, self.codec, self.scale, self.shift
-        )
-
-    def twin(self) -> Any:
-        """The whole matrix in float64."""
-        return reference.decode_rows(
-            self.packed, self.in_features, 0, self.out_features, self.codec, self.scale, self.shift
-        )
-
-    def product(self, x: Any, activations: str) -> Any:
-        """kernels.matmul with x."""
-        return kernels.matmul(
-            x, self.packed, self.out_features, self.codec, self.scale, self.shift, self.bias,
-            activations=activations,
-        )  # fmt: skip
 
     def rounded(self, x: Any) -> Any:
         """Activations as the kernels round them, in float64: whole numbers up to 127 times one of
