@@ -168,7 +168,7 @@ static float quantise_span(const view *v, ptrdiff_t t, ptrdiff_t s, int16_t *tar
     }
     const float scale = quantise(x, v->code.code || has_byte_activations(v->w->codec), &q);
     if (v->code.code)
-        trellis_arrange(v->one_by_one, &q, target);
+        trellis_arrange(&v->code, v->one_by_one, &q, target);
     else
         arrange(&v->table, v->span, &q, target);
     return scale;

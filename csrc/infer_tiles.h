@@ -121,11 +121,11 @@ PLLM_INLINE void trellis_bytes_of(const int8_t *tables, const uint8_t *const *ro
                                   const trellis_span *span, const int bits, int8_t *target, ptrdiff_t apart)
 {
     for (ptrdiff_t i = 0; i < trellis_steps(span); i++) {
-        trellis_values v;
-        trellis_step(tables, rows, start, span->first / 8 + i * VB_WIDTH, bits, &v);
+        trellis_indices index;
+        trellis_load(rows, start, span->first / 8 + i * VB_WIDTH, bits, &index);
         PLLM_UNROLL
         for (int j = 0; j < 8; j++, target += apart)
-            vb_store(target, STEP_VALUE(&v, bits, j));
+            vb_store(target, trellis_value(tables, &index, bits, j));
     }
 }
 

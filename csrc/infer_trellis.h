@@ -32,9 +32,10 @@ static ptrdiff_t trellis_width(int one_by_one)
 
 #if defined(PLLM_ISA_AVX512)
 /* A byte of a plane is like an index of a table of eight values: what is laid out for those serves here. */
-static void trellis_arrange(int one_by_one, const quantised_span *q, int16_t *target)
+static void trellis_arrange(const trellis *t, int one_by_one, const quantised_span *q, int16_t *target)
 {
     static const row_table eight = {.d = 8};
+    (void)t;
     if (one_by_one) {
         arrange_bytes(&eight, VB_WIDTH, q, target);
         return;
@@ -82,7 +83,7 @@ PLLM_INLINE void separate_step(const int16_t *x, __m256i *bytes)
 
 /* target: in its lanes of int32 what products with raised values are too large by, negative, together; then for each
  * step its multipliers, of each pair of bytes, and the bytes. */
-static void trellis_arrange_bytes(const quantised_span *q, int16_t *target)
+static void trellis_arrange_bytes(const trellis *t, const quantised_span *q, int16_t *target)
 {
     __m256i excess = _mm256_setzero_si256();
     int8_t *to = (int8_t *)target + VB_WIDTH;
@@ -95,7 +96,7 @@ static void trellis_arrange_bytes(const quantised_span *q, int16_t *target)
         vb_store(to, multiplier);
         PLLM_UNROLL
         for (int j = 0; j < 8; j++) {
-            const __m256i raised = _mm256_maddubs_epi16(vb_set1(RAISED), bytes[j]);
+            const __m256i raised = _mm256_maddubs_epi16(vb_set1((uint8_t)t->raised), bytes[j]);
             excess = _mm256_sub_epi32(excess, _mm256_madd_epi16(raised, multiplier));
             vb_store(to + (1 + j) * VB_WIDTH, bytes[j]);
         }
@@ -105,16 +106,16 @@ static void trellis_arrange_bytes(const quantised_span *q, int16_t *target)
 #endif
 
 /* target (trellis_width) = the activations of a span in the order of a step's values. */
-static void trellis_arrange(int one_by_one, const quantised_span *q, int16_t *target)
+static void trellis_arrange(const trellis *t, int one_by_one, const quantised_span *q, int16_t *target)
 {
     int16_t x[SPAN_VALUES];
 #if defined(PLLM_ISA_AVX2)
     if (one_by_one) {
-        trellis_arrange_bytes(q, target);
+        trellis_arrange_bytes(t, q, target);
         return;
     }
 #endif
-    (void)one_by_one;
+    (void)t, (void)one_by_one;
     join_multipliers(q, SPAN_VALUES, x);
     for (ptrdiff_t at = 0; at < SPAN_VALUES; at += TRELLIS_STEP)
         for (int j = 0; j < 8; j++, target += VB_WIDTH)
@@ -124,6 +125,19 @@ static void trellis_arrange(int one_by_one, const quantised_span *q, int16_t *ta
 #endif
 
 /* ---- several tokens ---------------------------------------------------------------------------- */
+
+/* target (steps, 8, VB_WIDTH) = the values of a span, each vector in the order of vb_widen. */
+PLLM_INLINE void trellis_words_of(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start,
+                                  const trellis_span *span, const int bits, int16_t *target)
+{
+    for (ptrdiff_t i = 0; i < trellis_steps(span); i++) {
+        trellis_indices index;
+        trellis_load(rows, start, span->first / 8 + i * VB_WIDTH, bits, &index);
+        PLLM_UNROLL
+        for (int j = 0; j < 8; j++, target += VB_WIDTH)
+            vb_widen(target, trellis_value(tables, &index, bits, j));
+    }
+}
 
 #define TRELLIS_WORDS(B) \
     static void trellis_words_##B(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start, \
@@ -183,51 +197,65 @@ PLLM_INLINE void trellis_ask(const trellis *t, ptrdiff_t row, ptrdiff_t s)
 
 #if defined(PLLM_ISA_AVX2)
 /* sum + the products of a step, in lanes. A product of bytes is that of an unsigned with a signed one: of a raised
- * value, or of a magnitude with what got its sign. */
-PLLM_INLINE __m256i trellis_products(const trellis_values *v, const int bits, const int8_t *x, __m256i sum)
+ * value, or of a magnitude with what got its sign. paired: those of two vectors add up within int16. */
+PLLM_INLINE __m256i trellis_products(const int8_t *tables, const trellis_indices *index, const int bits,
+                                     const int paired, const int8_t *x, __m256i sum)
 {
     const __m256i multiplier = vb_load(x);
-    __m256i signs = vb_or(v->sign, vb_set1(1)); /* of bit 7, and by doubling of those below, but for bit 0 */
+    __m256i signs = vb_or(index->sign, vb_set1(1)); /* of bit 7, and by doubling of those below, but for bit 0 */
+    __m256i before = signs;
     PLLM_UNROLL
     for (int j = 7; j >= 0; j--) {
+        const __m256i value = trellis_look_up(tables, index, bits, j);
         __m256i here = vb_load(x + (1 + j) * VB_WIDTH);
         if (bits > SIGNED_BITS)
-            here = j ? _mm256_sign_epi8(here, signs) : vb_negate(here, vb_left(v->sign, 7));
+            here = j ? _mm256_sign_epi8(here, signs) : vb_negate(here, vb_left(index->sign, 7));
         signs = _mm256_add_epi8(signs, signs);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(v->value[j], here), multiplier));
+        __m256i products = _mm256_maddubs_epi16(value, here);
+        if (paired && j % 2) {
+            before = products;
+            continue;
+        }
+        products = paired ? _mm256_add_epi16(before, products) : products;
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, multiplier));
+        PLLM_HOLD(sum); /* or all sums are kept for the end, in memory */
     }
     return sum;
 }
 
-/* The products of a span of a row with what is laid out of a token, in lanes. */
+/* The products of the `steps` steps of a span of a row with what is laid out of a token, in lanes. rows, start, byte: as
+ * for trellis_load. */
 PLLM_INLINE __m256i trellis_dot_span(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start,
-                                     const trellis_span *span, const int bits, const int16_t *x)
+                                     ptrdiff_t byte, ptrdiff_t steps, const int bits, const int paired,
+                                     const int16_t *x)
 {
     const int8_t *const bytes = (const int8_t *)x + VB_WIDTH;
     __m256i sum = bits <= SIGNED_BITS ? vb_load(x) : _mm256_setzero_si256();
     PLLM_UNROLL
     for (ptrdiff_t i = 0; i < TRELLIS_SPAN / TRELLIS_STEP; i++) {
-        trellis_values v;
-        if (i * TRELLIS_STEP >= span->columns)
+        trellis_indices index;
+        if (i && i == steps)
             break;
-        trellis_step(tables, rows, start, span->first / 8 + i * VB_WIDTH, bits, &v);
-        sum = trellis_products(&v, bits, bytes + i * X_VECTORS * VB_WIDTH, sum);
+        trellis_load(rows, start, byte + i * VB_WIDTH, bits, &index);
+        sum = trellis_products(tables, &index, bits, paired, bytes + i * X_VECTORS * VB_WIDTH, sum);
     }
     return sum;
 }
 #elif defined(PLLM_ISA_AVX512)
-/* The same; see infer_rows_avx512.h for what values are raised by. A lane's four bytes of each vector are of one
- * block. */
+/* The same of the one step of a span; see infer_rows_avx512.h for what values are raised by. A lane's four bytes of each
+ * vector are of one block. */
 PLLM_INLINE __m512i trellis_dot_span(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start,
-                                     const trellis_span *span, const int bits, const int16_t *x)
+                                     ptrdiff_t byte, ptrdiff_t steps, const int bits, const int paired,
+                                     const int16_t *x)
 {
     const uint8_t *const bytes = (const uint8_t *)x;
     __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    trellis_values v;
-    trellis_step(tables, rows, start, span->first / 8, bits, &v);
+    trellis_indices index;
+    (void)steps, (void)paired;
+    trellis_load(rows, start, byte, bits, &index);
     PLLM_UNROLL
     for (int j = 0; j < 8; j++) {
-        const __m512i raised = vb_xor(STEP_VALUE(&v, bits, j), vb_set1(128));
+        const __m512i raised = vb_xor(trellis_value(tables, &index, bits, j), vb_set1(128));
         sum[j % 2] = vi_dot_bytes(sum[j % 2], raised, vb_load(bytes + (1 + j) * VB_WIDTH));
     }
     return _mm512_mullo_epi32(_mm512_add_epi32(sum[0], sum[1]), vb_load(bytes));
@@ -235,49 +263,77 @@ PLLM_INLINE __m512i trellis_dot_span(const int8_t *tables, const uint8_t *const 
 #endif
 
 #if defined(PLLM_ISA_AVX2) || defined(PLLM_ISA_AVX512)
-/* A row of a matrix, and which of the DOT_TOGETHER it is. */
+/* Of DOT_TOGETHER rows those that have the same bits, or one of them. */
 typedef struct {
     const int8_t *tables;
-    const uint8_t *const *rows; /* trellis_history's */
+    const uint8_t *const *rows; /* trellis_history's, from the last of the DOT_TOGETHER on */
     const ptrdiff_t *start;
-    int which;
-} trellis_one_row;
+    int first, end, count; /* which; those from `count` on are the one before it again */
+} trellis_some_rows;
 
-/* products (n) of a row with a token's spans, all of the same bits. x: of the first. */
-PLLM_INLINE void trellis_dot_spans(const trellis_one_row *row, const trellis_span *span, ptrdiff_t n, const int bits,
-                                   const int16_t *x, ptrdiff_t width, row_products *products)
+/* products (n) of rows with a token's spans, all of the same bits. x: of the first. */
+PLLM_INLINE void trellis_dot_spans(const trellis_some_rows *some, const trellis_span *span, ptrdiff_t n,
+                                   const int bits, const int paired, const int16_t *x, ptrdiff_t width,
+                                   row_products *products)
 {
-    for (ptrdiff_t s = 0; s < n; s++, span++, x += width) {
-        trellis_ask_ahead(row->rows[0], row->start, span, bits, TRELLIS_AHEAD);
-        products[s][row->which] = trellis_dot_span(row->tables, row->rows, row->start, span, bits, x);
+    enum { SPAN_BYTES = TRELLIS_SPAN / 8, MOST_STEPS = (TRELLIS_SPAN + TRELLIS_STEP - 1) / TRELLIS_STEP };
+    const ptrdiff_t first = span->first / 8, last_steps = trellis_steps(span + n - 1);
+    for (int r = some->first; r < some->end; r++) {
+        const uint8_t *const *const rows = some->rows + (some->count - 1 - smaller(r, some->count - 1));
+        const uint8_t *here[TRELLIS_ROWS];
+        PLLM_UNROLL
+        for (int i = 0; i < TRELLIS_ROWS; i++)
+            here[i] = rows[i] + first;
+        for (ptrdiff_t s = 0; s < n; s++) {
+            PLLM_UNROLL
+            for (int p = 0; p < bits; p++)
+                ask_ahead(here[0] + s * SPAN_BYTES, some->start[p] + TRELLIS_AHEAD, 1);
+            products[s][r] = trellis_dot_span(some->tables, here, some->start, s * SPAN_BYTES,
+                                              s < n - 1 ? MOST_STEPS : last_steps, bits, paired, x + s * width);
+        }
     }
 }
 
-#define TRELLIS_DOT(B) \
-    static void trellis_dot_##B(const trellis_one_row *row, const trellis_span *span, ptrdiff_t n, const int16_t *x, \
-                                ptrdiff_t width, row_products *products) \
+#define TRELLIS_DOT(B, PAIRED) \
+    static void trellis_dot_##B##_##PAIRED(const trellis_some_rows *some, const trellis_span *span, ptrdiff_t n, \
+                                           const int16_t *x, ptrdiff_t width, row_products *products) \
     { \
-        trellis_dot_spans(row, span, n, B, x, width, products); \
+        trellis_dot_spans(some, span, n, B, PAIRED, x, width, products); \
     }
-EACH_TRELLIS_BITS(TRELLIS_DOT)
+#define TRELLIS_DOT_0(B) TRELLIS_DOT(B, 0)
+EACH_TRELLIS_BITS(TRELLIS_DOT_0)
+#undef TRELLIS_DOT_0
+#if defined(PLLM_ISA_AVX2)
+#define TRELLIS_DOT_1(B) TRELLIS_DOT(B, 1)
+EACH_TRELLIS_BITS(TRELLIS_DOT_1)
+#undef TRELLIS_DOT_1
+#endif
 #undef TRELLIS_DOT
 
-typedef void trellis_dot_fn(const trellis_one_row *row, const trellis_span *span, ptrdiff_t n, const int16_t *x,
+typedef void trellis_dot_fn(const trellis_some_rows *some, const trellis_span *span, ptrdiff_t n, const int16_t *x,
                             ptrdiff_t width, row_products *products);
-#define TRELLIS_ENTRY(B) trellis_dot_##B,
-static trellis_dot_fn *const trellis_dot_functions[] = {EACH_TRELLIS_BITS(TRELLIS_ENTRY)};
-#undef TRELLIS_ENTRY
+#define TRELLIS_ENTRY_0(B) trellis_dot_##B##_0,
+#if defined(PLLM_ISA_AVX2)
+#define TRELLIS_ENTRY_1(B) trellis_dot_##B##_1,
+#else
+#define TRELLIS_ENTRY_1 TRELLIS_ENTRY_0
+#endif
+/* By whether products add up in pairs, and bits. */
+static trellis_dot_fn *const trellis_dot_functions[2][PLLM_TRELLIS_BITS] = {{EACH_TRELLIS_BITS(TRELLIS_ENTRY_0)},
+                                                                            {EACH_TRELLIS_BITS(TRELLIS_ENTRY_1)}};
+#undef TRELLIS_ENTRY_0
+#undef TRELLIS_ENTRY_1
 
-/* products (n) of a row with a token's spans from `first` on. rows: trellis_history's. */
-static void trellis_dot_row(const trellis *t, const uint8_t *const *rows, int more, int which, ptrdiff_t first,
-                            ptrdiff_t n, const token_spans *token, row_products *products)
+/* products (n) of rows with a token's spans from `first` on; more: they have a bit more. */
+static void trellis_dot_some(const trellis *t, const trellis_some_rows *some, int more, ptrdiff_t first, ptrdiff_t n,
+                             const token_spans *token, row_products *products)
 {
-    const trellis_one_row one = {t->one_token_table, rows, t->start[more], which};
     for (ptrdiff_t s = 0, alike; s < n; s += alike) {
         const trellis_span *const span = t->span + first + s;
+        const int bits = span->bits + more;
         alike = smaller(span->alike, n - s);
-        trellis_dot_functions[span->bits + more - 1](&one, span, alike, token->x + (first + s) * token->width,
-                                                     token->width, products + s);
+        trellis_dot_functions[t->paired >> bits & 1][bits - 1](some, span, alike, token->x + (first + s) * token->width,
+                                                               token->width, products + s);
     }
 }
 
@@ -286,17 +342,20 @@ static void trellis_dot_row(const trellis *t, const uint8_t *const *rows, int mo
 static void trellis_dot(const trellis *t, ptrdiff_t row, ptrdiff_t count, const token_spans *token, float *dot)
 {
     for (ptrdiff_t r = 0; r < count; r += DOT_TOGETHER) {
-        const ptrdiff_t last = smaller(DOT_TOGETHER, count - r) - 1;
+        const ptrdiff_t here = smaller(DOT_TOGETHER, count - r);
         const uint8_t *rows[TRELLIS_GROUP_ROWS];
         __m128 total = _mm_setzero_ps();
-        trellis_history(t, row + r + last, last + 1, rows);
+        trellis_history(t, row + r + here - 1, here, rows);
         for (ptrdiff_t first = 0; first < t->spans; first += SPANS_TOGETHER) {
             const ptrdiff_t n = smaller(SPANS_TOGETHER, t->spans - first);
             row_products products[SPANS_TOGETHER];
-            for (int i = 0; i < DOT_TOGETHER; i++) { /* behind the end the last row again */
-                const ptrdiff_t at = smaller(i, last);
-                trellis_dot_row(t, rows + (last - at), pllm_trellis_more(t->code, row + r + at), i, first, n, token,
-                                products);
+            trellis_some_rows some = {.tables = t->one_token_table, .rows = rows, .count = (int)here};
+            for (; some.first < DOT_TOGETHER; some.first = some.end) {
+                const ptrdiff_t at = row + r + smaller(some.first, here - 1);
+                const int more = t->code->extra ? pllm_trellis_more(t->code, at) : 0;
+                some.end = t->code->extra ? some.first + 1 : DOT_TOGETHER;
+                some.start = t->start[more];
+                trellis_dot_some(t, &some, more, first, n, token, products);
             }
 #if defined(PLLM_ISA_AVX512)
             total = add_spans(total, products, token, first, n);

@@ -21,11 +21,10 @@ enum {
 
 /* Whether tables hold values of both signs, of k bits, and not magnitudes. */
 #if defined(PLLM_ISA_AVX2)
-enum { SIGNED_BITS = 2, TABLE_BYTES = 128, RAISED = PLLM_TRELLIS_SMALL + 1 };
+enum { SIGNED_BITS = 2, TABLE_BYTES = 128 };
 #else
-enum { SIGNED_BITS = 4, TABLE_BYTES = 128, RAISED = 0 };
+enum { SIGNED_BITS = 4, TABLE_BYTES = 128 };
 #endif
-/* RAISED: what values of both signs are larger by for a single token, so that they are bytes without a sign. */
 
 /* Columns first..first+columns-1 in stored order, of `bits` bits in rows without one more, as `alike` spans from it on
  * have, too. */
@@ -45,7 +44,9 @@ typedef struct {
     const uint8_t *zeros; /* a plane of them, with as many */
     trellis_span *span;
     ptrdiff_t spans;
-    int8_t *table, *one_token_table; /* (PLLM_TRELLIS_BITS, TABLE_BYTES) each; the latter see RAISED */
+    int raised; /* what values of both signs are larger by for one token on AVX2: bytes without a sign */
+    int paired; /* bit k: the products of four of k bits with activations add up within int16 there */
+    int8_t *table, *one_token_table; /* (PLLM_TRELLIS_BITS, TABLE_BYTES) each, of bits that columns have */
 } trellis;
 
 /* ---- the view ---------------------------------------------------------------------------------- */
@@ -77,6 +78,30 @@ static ptrdiff_t trellis_spans(const trellis *t, trellis_span *span)
     return count;
 }
 
+#if defined(PLLM_ISA_AVX2)
+/* The largest of the magnitudes of k bits. */
+static int largest_magnitude(const pllm_trellis *code, int k)
+{
+    int largest = 0;
+    for (int i = pllm_trellis_magnitudes(k); i < pllm_trellis_magnitudes(k + 1); i++)
+        largest = code->magnitude[i] > largest ? code->magnitude[i] : largest;
+    return largest;
+}
+
+/* Sets `raised` and `paired`. */
+static void trellis_for_bytes(trellis *t)
+{
+    enum { MOST = 63 }; /* four times it times 127 is within int16 */
+    int largest = 0;
+    for (int k = 1; k <= SIGNED_BITS; k++)
+        largest = largest_magnitude(t->code, k) > largest ? largest_magnitude(t->code, k) : largest;
+    t->raised = largest <= MOST / 2 ? MOST / 2 + 1 : PLLM_TRELLIS_SMALL + 1;
+    for (int k = 1; k <= PLLM_TRELLIS_BITS; k++)
+        if (k <= SIGNED_BITS ? largest <= MOST / 2 : largest_magnitude(t->code, k) <= MOST)
+            t->paired |= 1 << k;
+}
+#endif
+
 static trellis trellis_of(const pllm_matrix *w)
 {
     trellis t = {.code = w->codec->trellis, .packed = w->packed, .out = w->out_features, .in = w->in_features};
@@ -85,6 +110,9 @@ static trellis trellis_of(const pllm_matrix *w)
     for (int more = 0; more < TRELLIS_KINDS; more++)
         for (int p = 0; p < PLLM_TRELLIS_BITS; p++)
             t.start[more][p + 1] = t.start[more][p] + pllm_trellis_plane_bytes(t.code, t.in, more, p);
+#if defined(PLLM_ISA_AVX2)
+    trellis_for_bytes(&t);
+#endif
     t.segments = pllm_trellis_segments(t.out);
     t.spans = trellis_spans(&t, NULL);
     const ptrdiff_t total = trellis_offset(&t, t.out);
@@ -93,13 +121,30 @@ static trellis trellis_of(const pllm_matrix *w)
     return t;
 }
 
-/* The value or magnitude at place i of a table of k bits. */
-static int8_t table_entry(const pllm_trellis *code, int k, int i)
+/* Whether columns have k bits in some row. */
+static int trellis_has_bits(const trellis *t, int k)
 {
-    const int8_t *const magnitude = code->magnitude + pllm_trellis_magnitudes(k);
-    const int half = 2 << k;
-    i %= k <= SIGNED_BITS ? 2 * half : half;
-    return (int8_t)(i < half ? magnitude[i] : -magnitude[2 * half - 1 - i]);
+    const ptrdiff_t blocks = (t->in + PLLM_TRELLIS_BLOCK - 1) / PLLM_TRELLIS_BLOCK;
+    for (ptrdiff_t b = 0; b < blocks; b++)
+        if (t->code->block_bits[b] == k || (t->code->extra && t->code->block_bits[b] == k - 1))
+            return 1;
+    return 0;
+}
+
+/* Fills the tables of k bits: values or magnitudes, again and again. */
+static void make_table(const trellis *t, int k)
+{
+    const int8_t *const magnitude = t->code->magnitude + pllm_trellis_magnitudes(k);
+    int8_t *const table = t->table + (k - 1) * TABLE_BYTES, *const raised = t->one_token_table + (k - 1) * TABLE_BYTES;
+    const int half = 2 << k, size = k <= SIGNED_BITS ? 2 * half : half;
+    for (int i = 0; i < size; i++) {
+        table[i] = (int8_t)(i < half ? magnitude[i] : -magnitude[2 * half - 1 - i]);
+        raised[i] = (int8_t)(table[i] + (k <= SIGNED_BITS ? t->raised : 0));
+    }
+    for (int i = size; i < TABLE_BYTES; i += size) {
+        memcpy(table + i, table, (size_t)size);
+        memcpy(raised + i, raised, (size_t)size);
+    }
 }
 
 static size_t trellis_bytes(const trellis *t)
@@ -117,11 +162,9 @@ static void trellis_place(trellis *t, char *memory)
     const size_t tail = (size_t)(trellis_offset(t, t->out) - from), zeros = (size_t)t->start[0][1] + TRELLIS_SLACK;
     t->table = (int8_t *)memory;
     t->one_token_table = t->table + PLLM_TRELLIS_BITS * TABLE_BYTES;
-    for (int i = 0; i < PLLM_TRELLIS_BITS * TABLE_BYTES; i++) {
-        const int k = 1 + i / TABLE_BYTES;
-        t->table[i] = table_entry(t->code, k, i % TABLE_BYTES);
-        t->one_token_table[i] = (int8_t)(t->table[i] + (k <= SIGNED_BITS ? RAISED : 0));
-    }
+    for (int k = 1; k <= PLLM_TRELLIS_BITS; k++)
+        if (trellis_has_bits(t, k))
+            make_table(t, k);
     memory += 2 * PLLM_TRELLIS_BITS * TABLE_BYTES;
     t->span = (trellis_span *)(void *)memory;
     trellis_spans(t, t->span);
@@ -174,10 +217,11 @@ PLLM_INLINE ptrdiff_t trellis_steps(const trellis_span *s) { return (s->columns 
 
 /* ---- a step ------------------------------------------------------------------------------------ */
 
-/* Eight vectors: bytes that are values, or magnitudes with a plane of their signs. */
+/* The indices of TRELLIS_STEP columns: vector i of `low` has the lower four bits of those of bit i of each byte, and
+ * above them those of bit i + 4; bit by bit the planes that are left; and of magnitudes the signs. */
 typedef struct {
-    vb value[8], sign;
-} trellis_values;
+    vb low[LOW_PLANES], plane[PLLM_TRELLIS_CODED + PLLM_TRELLIS_BITS], sign;
+} trellis_indices;
 
 /* Bits `step` places up in a and those below in b change places, where mask has the latter. */
 PLLM_INLINE void exchange(vb *a, vb *b, const int step, uint8_t mask)
@@ -187,20 +231,16 @@ PLLM_INLINE void exchange(vb *a, vb *b, const int step, uint8_t mask)
     *a = vb_xor(*a, vb_left(t, step));
 }
 
-/* index[j] = bit j of each byte of four planes, as the lower four bits of bytes. */
-PLLM_INLINE void planes_to_bytes(const vb *plane, vb *index)
+/* index[j] = bits j and j + 4 of each byte of four planes, as two times four bits of bytes. */
+PLLM_INLINE void join_planes(const vb *plane, vb *index)
 {
-    vb c[LOW_PLANES] = {plane[0], plane[1], plane[2], plane[3]};
-    const vb low = vb_set1(15);
-    exchange(c, c + 1, 1, 0x55);
-    exchange(c + 2, c + 3, 1, 0x55);
-    exchange(c, c + 2, 2, 0x33);
-    exchange(c + 1, c + 3, 2, 0x33);
     PLLM_UNROLL
-    for (int j = 0; j < LOW_PLANES; j++) { /* of bits 0 and 4, 1 and 5, 2 and 6, 3 and 7 */
-        index[j] = vb_and(c[j], low);
-        index[j + 4] = vb_and(vb_right(c[j], 4), low);
-    }
+    for (int i = 0; i < LOW_PLANES; i++)
+        index[i] = plane[i];
+    exchange(index, index + 1, 1, 0x55);
+    exchange(index + 2, index + 3, 1, 0x55);
+    exchange(index, index + 2, 2, 0x33);
+    exchange(index + 1, index + 3, 2, 0x33);
 }
 
 /* plane (PLLM_TRELLIS_CODED) = the parities of the first planes of the last rows. */
@@ -252,45 +292,42 @@ PLLM_INLINE vb look_up_bit(const int8_t *table, vb low, const vb *plane, int pla
 }
 #endif
 
-/* The values of TRELLIS_STEP columns of `bits` bits, a constant. rows: trellis_history's.  start: of the row's planes.
- * byte: of the columns in their planes. */
-PLLM_INLINE void trellis_step(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start, ptrdiff_t byte,
-                              const int bits, trellis_values *v)
+/* Planes of an index of `bits` bits but for that of a sign, where magnitudes are looked up. */
+PLLM_INLINE int looked_up_planes(const int bits) { return PLLM_TRELLIS_CODED + bits - 1 - (bits > SIGNED_BITS); }
+
+/* The indices of columns of `bits` bits, a constant. rows: trellis_history's.  start: of the row's planes.  byte: of
+ * the columns in their planes. */
+PLLM_INLINE void trellis_load(const uint8_t *const *rows, const ptrdiff_t *start, ptrdiff_t byte, const int bits,
+                              trellis_indices *index)
 {
-    const int8_t *const table = tables + (bits - 1) * TABLE_BYTES;
-    const int indices = PLLM_TRELLIS_CODED + bits - 1, planes = bits <= SIGNED_BITS ? indices : indices - 1;
-    vb plane[PLLM_TRELLIS_CODED + PLLM_TRELLIS_BITS], low[8];
+    vb *const plane = index->plane;
+    const int planes = looked_up_planes(bits);
     coded_planes(rows, byte, plane);
     PLLM_UNROLL
     for (int p = 1; p < bits; p++)
         plane[PLLM_TRELLIS_CODED + p - 1] = vb_load(rows[0] + start[p] + byte);
-    v->sign = plane[indices - 1];
+    index->sign = plane[PLLM_TRELLIS_CODED + bits - 2];
     PLLM_UNROLL
-    for (int p = 0; p < planes && planes < indices; p++)
-        plane[p] = vb_xor(plane[p], v->sign);
-    if (indices < LOW_PLANES)
+    for (int p = 0; p < planes && bits > SIGNED_BITS; p++)
+        plane[p] = vb_xor(plane[p], index->sign);
+    if (planes < LOW_PLANES)
         plane[LOW_PLANES - 1] = vb_set1(0);
-    planes_to_bytes(plane, low);
-    PLLM_UNROLL
-    for (int j = 0; j < 8; j++)
-        v->value[j] = look_up_bit(table, low[j], plane, planes, j);
+    join_planes(plane, index->low);
 }
 
-/* Value j of a step. */
-#define STEP_VALUE(v, bits, j) \
-    ((bits) <= SIGNED_BITS ? (v)->value[j] : vb_negate((v)->value[j], PLANE_BIT((v)->sign, j, 7)))
-
-/* target (steps, 8, VB_WIDTH) = the values of a span, each vector in the order of vb_widen. */
-PLLM_INLINE void trellis_words_of(const int8_t *tables, const uint8_t *const *rows, const ptrdiff_t *start,
-                                  const trellis_span *span, const int bits, int16_t *target)
+/* What tables have for bit j, a constant, of each byte: values, or magnitudes. */
+PLLM_INLINE vb trellis_look_up(const int8_t *tables, const trellis_indices *index, const int bits, const int j)
 {
-    for (ptrdiff_t i = 0; i < trellis_steps(span); i++) {
-        trellis_values v;
-        trellis_step(tables, rows, start, span->first / 8 + i * VB_WIDTH, bits, &v);
-        PLLM_UNROLL
-        for (int j = 0; j < 8; j++, target += VB_WIDTH)
-            vb_widen(target, STEP_VALUE(&v, bits, j));
-    }
+    const vb both = index->low[j % LOW_PLANES];
+    const vb low = vb_and(j < LOW_PLANES ? both : vb_right(both, LOW_PLANES), vb_set1(15));
+    return look_up_bit(tables + (bits - 1) * TABLE_BYTES, low, index->plane, looked_up_planes(bits), j);
+}
+
+/* The values. */
+PLLM_INLINE vb trellis_value(const int8_t *tables, const trellis_indices *index, const int bits, const int j)
+{
+    const vb found = trellis_look_up(tables, index, bits, j);
+    return bits <= SIGNED_BITS ? found : vb_negate(found, PLANE_BIT(index->sign, j, 7));
 }
 
 /* One copy of a function for each number of bits. */

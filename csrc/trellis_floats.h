@@ -70,12 +70,13 @@ PLLM_INLINE void trellis_floats_of(const int8_t *tables, const uint8_t *const *r
     for (ptrdiff_t at = 0; at < span->columns; at += TRELLIS_STEP) {
         const ptrdiff_t here = smaller(TRELLIS_STEP, span->columns - at);
         _Alignas(64) int8_t bytes[TRELLIS_STEP];
-        trellis_values v;
-        trellis_step(tables, rows, start, (span->first + at) / 8, bits, &v);
+        trellis_indices index;
+        vb value[8];
+        trellis_load(rows, start, (span->first + at) / 8, bits, &index);
         PLLM_UNROLL
         for (int j = 0; j < 8; j++)
-            v.value[j] = STEP_VALUE(&v, bits, j);
-        step_in_order(v.value, bytes);
+            value[j] = trellis_value(tables, &index, bits, j);
+        step_in_order(value, bytes);
         for (ptrdiff_t i = 0; i < here; i += VF_WIDTH)
             vf_store(target + at + i, vf_load_i8(bytes + i));
     }

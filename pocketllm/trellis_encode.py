@@ -26,6 +26,9 @@ from .trellis_bits import ERRORS, expected_error, share_bits
 
 # Levels are fitted in so many turns to so many weights at most, in columns of so many rows.
 FIT_TURNS, FIT_WEIGHTS, FIT_ROWS = 8, 2**16, 1024
+# The largest magnitudes of 1, 2, ... bits that are made. Up to 4 bits finer steps gain nothing that can be measured,
+# and with these AVX2 adds up products of four levels before it widens them.
+FINEST = [31, 31, 63, 63, 127, 127]
 # Times bits are given to columns, each time for the targets that the last bits lead to.
 BITS_TURNS = 3
 # Rows of the feedback that are squared together.
@@ -51,7 +54,7 @@ def fit_magnitudes(sample: np.ndarray) -> dict[str, np.ndarray]:
     for bits in range(1, trellis.MAX_BITS + 1):
         own = trellis.TABLE[bits - 1]
         levels = _fitted(sample, bits)
-        scale[bits - 1] = levels.max() / trellis.LARGEST[bits - 1]
+        scale[bits - 1] = levels.max() / FINEST[bits - 1]
         magnitude[own] = np.rint(levels / scale[bits - 1])
     return {"magnitude": magnitude, "magnitude_scale": scale}
 

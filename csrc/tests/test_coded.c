@@ -76,7 +76,11 @@ static int level_at(const fixture *f, int row, int at)
     return index >= half ? -magnitude[half - 1 - rest] : magnitude[rest];
 }
 
-static void fill_fixture(fixture *f, coded_case c, int with_shift)
+/* The most that magnitude i may be. */
+static int most_at(int most, int i) { return i < PLLM_TRELLIS_SMALLS && most > PLLM_TRELLIS_SMALL ? PLLM_TRELLIS_SMALL : most; }
+
+/* most: of magnitudes. */
+static void fill_fixture(fixture *f, coded_case c, int most, int with_shift)
 {
     const int blocks = (c.in + PLLM_TRELLIS_BLOCK - 1) / PLLM_TRELLIS_BLOCK;
     *f = (fixture){.c = c};
@@ -88,7 +92,7 @@ static void fill_fixture(fixture *f, coded_case c, int with_shift)
     }
     f->magnitude = new_bytes(PLLM_TRELLIS_TABLE);
     for (int i = 0; i < PLLM_TRELLIS_TABLE; i++)
-        f->magnitude[i] = (int8_t)(random_bits() % (i < PLLM_TRELLIS_SMALLS ? PLLM_TRELLIS_SMALL + 1 : 128));
+        f->magnitude[i] = (int8_t)(random_bits() % (unsigned)(1 + most_at(most, i)));
     if (c.own) {
         f->order = new_ints((size_t)c.in);
         f->factor = new_floats((size_t)c.in);
@@ -202,15 +206,15 @@ static void check_tokens_apart(const pllm_kernels *k, const fixture *f)
     free(together), free(alone);
 }
 
-/* The largest products there are: all magnitudes as large as they may be, all activations alike, with signs that go with the weights'
- * or at random. */
-static void check_extremes(const pllm_kernels *k, int bits, int tokens)
+/* The largest products there are: all magnitudes at the most, all activations alike, with signs that go with the
+ * weights' or at random. */
+static void check_extremes(const pllm_kernels *k, int bits, int most, int tokens)
 {
     for (int signs = 0; signs < 2; signs++) {
         fixture f;
-        fill_fixture(&f, (coded_case){3, 1031, 0, 0, tokens, {bits}}, 0);
-        memset(f.magnitude, 127, PLLM_TRELLIS_TABLE);
-        memset(f.magnitude, PLLM_TRELLIS_SMALL, PLLM_TRELLIS_SMALLS);
+        fill_fixture(&f, (coded_case){3, 1031, 0, 0, tokens, {bits}}, most, 0);
+        for (int i = 0; i < PLLM_TRELLIS_TABLE; i++)
+            f.magnitude[i] = (int8_t)most_at(most, i);
         for (int r = 0; r < 3; r++)
             for (int at = 0; at < 1031; at++)
                 f.dense[r * 1031 + at] = (double)((float)level_at(&f, r, at) * f.scale[r]);
@@ -224,6 +228,8 @@ static void check_extremes(const pllm_kernels *k, int bits, int tokens)
 void test_coded(const pllm_kernels *k)
 {
     static const int tokens[] = {0, 1, 2, 3, 5, 7, 17, 33};
+    /* Up to 31 and 63, with few and with more bits, products may be added in pairs. */
+    static const int most[] = {127, 31, 32, 63, 64};
     static const coded_case cases[] = {
         {1, 1, 0, 0, 0, {1}},         {5, 17, 1, 0, 0, {2}},        {15, 130, 3, 0, 0, {3}},
         {16, 127, 2, 1, 0, {3}},      {17, 200, 0, 1, 0, {4, 1}},   {40, 513, 1, 0, 0, {5}},
@@ -236,15 +242,16 @@ void test_coded(const pllm_kernels *k)
             coded_case c = cases[i];
             fixture f;
             c.tokens = tokens[(i + 3 * t) % (sizeof tokens / sizeof *tokens)];
-            fill_fixture(&f, c, i % 2 == 1);
+            fill_fixture(&f, c, most[(i + t) % (sizeof most / sizeof *most)], i % 2 == 1);
             check_rows(k, &f);
             check_products(k, &f, PLLM_ACTIVATIONS_FLOAT32);
             check_products(k, &f, PLLM_ACTIVATIONS_INTEGER);
             check_tokens_apart(k, &f);
             free_fixture(&f);
         }
-    for (int bits = 1; bits <= PLLM_TRELLIS_BITS; bits++) {
-        check_extremes(k, bits, 1);
-        check_extremes(k, bits, bits % 2 ? 5 : 17);
-    }
+    for (int bits = 1; bits <= PLLM_TRELLIS_BITS; bits++)
+        for (size_t m = 0; m < sizeof most / sizeof *most; m++) {
+            check_extremes(k, bits, most[m], 1);
+            check_extremes(k, bits, most[m], bits % 2 ? 5 : 17);
+        }
 }
