@@ -343,14 +343,31 @@ static int multiply_many(const pllm_product *o, int threads)
     return PLLM_OK;
 }
 
+static int is_integer(const pllm_product *p, enum pllm_activations activations)
+{
+    const pllm_codec *const c = p->w->codec;
+    return activations == PLLM_ACTIVATIONS_INTEGER && (c->trellis || (c->table_is_int8 && !c->decoder));
+}
+
 static int multiply(const pllm_product *p, enum pllm_activations activations, int in_tiles, int threads)
 {
     if (p->n == 0 || p->w->out_features == 0)
         return PLLM_OK;
-    const pllm_codec *const c = p->w->codec;
-    if (activations == PLLM_ACTIVATIONS_INTEGER && (c->trellis || (c->table_is_int8 && !c->decoder)))
+    if (is_integer(p, activations))
         return PLLM_SYM(infer_multiply_integer)(p, in_tiles, threads);
     return p->n <= DOT_TOKENS ? multiply_few(p, threads) : multiply_many(p, threads);
+}
+
+int PLLM_SYM(infer_multiply)(const pllm_product *p, int count, enum pllm_activations activations, int threads)
+{
+    int status = PLLM_OK, together = count <= INFER_TOGETHER;
+    for (int i = 0; i < count; i++)
+        together = together && p[i].n > 0 && p[i].w->out_features > 0 && is_integer(p + i, activations);
+    if (together)
+        return PLLM_SYM(infer_multiply_together)(p, count, threads);
+    for (int i = 0; i < count && status == PLLM_OK; i++)
+        status = multiply(p + i, activations, 0, threads);
+    return status;
 }
 
 int PLLM_SYM(pllm_matmul)(const pllm_matrix *w, const void *x, ptrdiff_t n, const float *bias, void *y,

@@ -1,11 +1,14 @@
-/* infer.h - what the two ways to multiply with a compressed matrix share. Included by infer.c and
- * infer_int.c only. */
+/* infer.h - what the two ways to multiply with a compressed matrix share, and the decoder layer that multiplies with
+ * several. Included by infer.c, infer_int.c and layer.c only. */
 #ifndef PLLM_INFER_H
 #define PLLM_INFER_H
 
 #include "kernel.h"
 
-enum { WORK_PER_THREAD = 32768 };
+enum {
+    WORK_PER_THREAD = 32768,
+    INFER_TOGETHER = 3 /* the most matrices whose products are taken together */
+};
 
 /* y (n, out_features) = x (n, in_features) W' + bias, and what x and y are stored as. */
 typedef struct {
@@ -84,5 +87,11 @@ static inline void sum_tokens(const pllm_product *p, float *x_sum, int threads)
 /* The product with activations as integers (infer_int.c). The table must be int8 and without decoder.
  * in_tiles: whether the tile registers of AMX may be used, where the instruction set knows them. */
 int PLLM_SYM(infer_multiply_integer)(const pllm_product *p, int in_tiles, int threads);
+
+/* The same of up to INFER_TOGETHER products without tiles. Those of single tokens are one parallel loop. */
+int PLLM_SYM(infer_multiply_together)(const pllm_product *p, int count, int threads);
+
+/* Several products, in whatever form (infer.c). */
+int PLLM_SYM(infer_multiply)(const pllm_product *p, int count, enum pllm_activations activations, int threads);
 
 #endif

@@ -249,19 +249,43 @@ static void multiply_rows(const view *v, ptrdiff_t first, ptrdiff_t end)
     }
 }
 
-static void multiply_one_by_one(const view *v, int threads)
+/* y of strip i of rows. */
+static void multiply_strip(const view *v, ptrdiff_t i)
 {
-    const ptrdiff_t out = v->w->out_features;
+    const ptrdiff_t begin = i * ROWS_ALONE, out = v->w->out_features;
     const ptrdiff_t step = v->tokens.tokens == 1 ? ROWS_ALONE : DOT_TOGETHER; /* rows stay in the cache for all */
-    const ptrdiff_t turn = 1 + out / (ROWS_ALONE * TURNS * threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, turn) if (threads > 1)
-    for (ptrdiff_t begin = 0; begin < out; begin += ROWS_ALONE)
-        for (ptrdiff_t first = begin; first < smaller(begin + ROWS_ALONE, out); first += step) {
-            const ptrdiff_t end = smaller(first + step, out);
-            const ptrdiff_t tail = v->code.code ? end : first < v->tail ? smaller(end, v->tail) : first;
-            multiply_rows(v, first, tail);
-            multiply_rows(v, tail, end);
-        }
+    for (ptrdiff_t first = begin; first < smaller(begin + ROWS_ALONE, out); first += step) {
+        const ptrdiff_t end = smaller(first + step, out);
+        const ptrdiff_t tail = v->code.code ? end : first < v->tail ? smaller(end, v->tail) : first;
+        multiply_rows(v, first, tail);
+        multiply_rows(v, tail, end);
+    }
+}
+
+static ptrdiff_t strips_of(const view *v) { return (v->w->out_features + ROWS_ALONE - 1) / ROWS_ALONE; }
+
+/* y of strip i of several matrices, those of the first one first. */
+static void multiply_strip_of(const view *v, ptrdiff_t i)
+{
+    for (; i >= strips_of(v); v++)
+        i -= strips_of(v);
+    multiply_strip(v, i);
+}
+
+/* The products of `count` matrices. */
+static void multiply_one_by_one(const view *v, int count, int threads)
+{
+    ptrdiff_t strips = 0;
+    for (int i = 0; i < count; i++)
+        strips += strips_of(v + i);
+    /* Turns of several strips as long as each thread gets another, then single ones: threads end together. */
+    const ptrdiff_t turn = 1 + strips / (TURNS * threads), turns = larger(0, strips / turn - threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (ptrdiff_t t = 0; t < strips - turns * (turn - 1); t++) {
+        const ptrdiff_t first = t < turns ? t * turn : t + turns * (turn - 1);
+        for (ptrdiff_t i = first; i < (t < turns ? first + turn : first + 1); i++)
+            multiply_strip_of(v, i);
+    }
 }
 
 /* ---- several tokens -------------------------------------------------------------------------- */
@@ -387,37 +411,83 @@ static size_t place(view *v, char *memory)
     return codec + x + scales + sums;
 }
 
-int PLLM_SYM(infer_multiply_integer)(const pllm_product *p, int in_tiles, int threads)
+/* A view with all it needs, and the tokens quantised. Returns its memory, to be freed, or NULL. */
+static char *open_view(view *v, const pllm_product *p, int in_tiles, int threads)
 {
-    view v = view_of(p, in_tiles);
-    const ptrdiff_t work = p->w->out_features * v.count * (1 + (v.code.code ? 1 : v.table.d) * p->n / 32);
-    const int used = (int)smaller(threads, 1 + work / WORK_PER_THREAD);
-    char *const memory = pllm_alloc(place(&v, NULL));
-    int status = PLLM_OK;
+    *v = view_of(p, in_tiles);
+    char *const memory = pllm_alloc(place(v, NULL));
     if (!memory)
-        return PLLM_ENOMEM;
-    place(&v, memory);
-    memset(v.x_sum, 0, (size_t)v.tokens.width * sizeof *v.x_sum);
-    sum_tokens(p, v.x_sum, used);
-    if (is_few(&v))
-        quantise_few(&v);
+        return NULL;
+    place(v, memory);
+    memset(v->x_sum, 0, (size_t)v->tokens.width * sizeof *v->x_sum);
+    sum_tokens(p, v->x_sum, threads);
+    if (is_few(v))
+        quantise_few(v);
 #if defined(PLLM_ISA_AVX512)
-    else if (v.in_tiles)
-        quantise_in_tiles(&v, used);
+    else if (v->in_tiles)
+        quantise_in_tiles(v, threads);
 #endif
     else {
-#pragma omp parallel for num_threads(used) schedule(static) if (used > 1)
-        for (ptrdiff_t i = 0; i < v.tokens.count; i++)
-            quantise_panel(&v, i);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+        for (ptrdiff_t i = 0; i < v->tokens.count; i++)
+            quantise_panel(v, i);
     }
-    if (v.one_by_one)
-        multiply_one_by_one(&v, used);
+    return memory;
+}
+
+/* Threads that are worth their start. */
+static int threads_for(const pllm_product *p, int count, int threads)
+{
+    ptrdiff_t work = 0;
+    for (int i = 0; i < count; i++) {
+        const int d = p[i].w->codec->d;
+        work += p[i].w->out_features * ((p[i].w->in_features + d - 1) / d) * (1 + d * p[i].n / 32);
+    }
+    return (int)smaller(threads, 1 + work / WORK_PER_THREAD);
+}
+
+static int multiply_view(const view *v, int threads)
+{
+    if (v->one_by_one) {
+        multiply_one_by_one(v, 1, threads);
+        return PLLM_OK;
+    }
 #if defined(PLLM_ISA_AVX512)
-    else if (v.in_tiles)
-        status = multiply_in_tiles(&v, used);
+    if (v->in_tiles)
+        return multiply_in_tiles(v, threads);
 #endif
-    else
-        status = multiply_several(&v, used);
+    return multiply_several(v, threads);
+}
+
+int PLLM_SYM(infer_multiply_integer)(const pllm_product *p, int in_tiles, int threads)
+{
+    view v;
+    const int used = threads_for(p, 1, threads);
+    char *const memory = open_view(&v, p, in_tiles, used);
+    const int status = memory ? multiply_view(&v, used) : PLLM_ENOMEM;
     free(memory);
+    return status;
+}
+
+int PLLM_SYM(infer_multiply_together)(const pllm_product *p, int count, int threads)
+{
+    view v[INFER_TOGETHER];
+    char *memory[INFER_TOGETHER];
+    const int used = threads_for(p, count, threads);
+    int status = PLLM_OK, one_by_one = 1;
+#pragma omp parallel for num_threads(used) schedule(static, 1) if (used > 1)
+    for (int i = 0; i < count; i++)
+        memory[i] = open_view(v + i, p + i, 0, 1);
+    for (int i = 0; i < count; i++) {
+        status = memory[i] ? status : PLLM_ENOMEM;
+        one_by_one = one_by_one && memory[i] && v[i].one_by_one;
+    }
+    if (one_by_one)
+        multiply_one_by_one(v, count, used);
+    else
+        for (int i = 0; i < count && status == PLLM_OK; i++)
+            status = multiply_view(v + i, used);
+    for (int i = 0; i < count; i++)
+        free(memory[i]);
     return status;
 }

@@ -1,19 +1,18 @@
 /* layer.c - one token through a decoder layer whose matrices are compressed: everything between the
- * products, which are those of pllm_matmul. Compiled once per instruction set.
+ * products, which are those of pllm_matmul; matrices that meet the same values multiply them together. Compiled once per instruction set.
  *
  * A token's work outside the products is small, but as operators of a framework it is some seventy calls a
  * layer, which cost more than they compute. */
-#include "kernel.h"
-
 #include <omp.h>
+
+#include "infer.h"
 
 enum {
     LANES = 16,
     DOT_ROWS = 8,           /* keys whose scores are added up over their lanes together, */
     ABREAST = 4,            /* of which a query meets so many at the same time */
     ADD_LANES = 64,         /* values of a row that are added at the same time */
-    BLOCK_TOKENS = 32,      /* keys or values that are in the first-level cache at a time */
-    WORK_PER_THREAD = 32768 /* multiply-adds of the attention */
+    BLOCK_TOKENS = 32       /* keys or values that are in the first-level cache at a time */
 };
 
 static ptrdiff_t whole_lanes(ptrdiff_t n) { return (n + LANES - 1) / LANES * LANES; }
@@ -225,11 +224,14 @@ static int attend(const pllm_layer *l, const float *q, const pllm_past *p, float
 
 /* ---- the layer ------------------------------------------------------------------------------- */
 
-static int multiply(const pllm_layer *l, int which, const float *x, float *y,
+/* y[i] = the product of x with matrix first + i, for `count` matrices. */
+static int multiply(const pllm_layer *l, int first, int count, const float *x, float *const *y,
                     enum pllm_activations activations, int threads)
 {
-    return PLLM_SYM(pllm_matmul)(&l->matrix[which], x, 1, l->bias[which], y, PLLM_FLOAT32, activations,
-                                 threads);
+    pllm_product p[INFER_TOGETHER];
+    for (int i = 0; i < count; i++)
+        p[i] = (pllm_product){&l->matrix[first + i], x, 1, l->bias[first + i], y[i], PLLM_FLOAT32};
+    return PLLM_SYM(infer_multiply)(p, count, activations, threads);
 }
 
 /* Norms of heads and positions, of queries or keys.  x: (heads, head_width). */
@@ -260,26 +262,22 @@ static int add_attention(const pllm_layer *l, const float *x, const float *cosin
 {
     const pllm_matrix *const m = l->matrix;
     const ptrdiff_t width = m[PLLM_LAYER_Q].in_features, joined = m[PLLM_LAYER_Q].out_features;
-    float *const normed = pllm_alloc_floats((size_t)(width + 2 * joined + m[PLLM_LAYER_K].out_features));
+    const ptrdiff_t made = m[PLLM_LAYER_K].out_features;
+    float *const normed = pllm_alloc_floats((size_t)(width + 2 * joined + 2 * made));
     if (!normed)
         return PLLM_ENOMEM;
-    float *const q = normed + width, *const mixed = q + joined, *const made = mixed + joined;
+    float *const q = normed + width, *const mixed = q + joined, *const k = mixed + joined, *const v = k + made;
     rms_norm(x, l->norm[0], width, l->epsilon, normed);
-    int status = multiply(l, PLLM_LAYER_Q, normed, q, activations, threads);
-    if (status == PLLM_OK)
-        status = multiply(l, PLLM_LAYER_K, normed, made, activations, threads);
+    int status = multiply(l, PLLM_LAYER_Q, 3, normed, (float *const[]){q, k, v}, activations, threads);
     if (status != PLLM_OK)
         goto done;
     turn(l, PLLM_LAYER_Q, cosine, sine, q);
-    turn(l, PLLM_LAYER_K, cosine, sine, made);
-    keep(l, past, made, past->keys);
-    status = multiply(l, PLLM_LAYER_V, normed, made, activations, threads);
-    if (status != PLLM_OK)
-        goto done;
-    keep(l, past, made, past->values);
+    turn(l, PLLM_LAYER_K, cosine, sine, k);
+    keep(l, past, k, past->keys);
+    keep(l, past, v, past->values);
     status = attend(l, q, past, mixed, threads);
     if (status == PLLM_OK)
-        status = multiply(l, PLLM_LAYER_O, mixed, normed, activations, threads);
+        status = multiply(l, PLLM_LAYER_O, 1, mixed, (float *const[]){normed}, activations, threads);
     for (ptrdiff_t i = 0; i < width && status == PLLM_OK; i++)
         y[i] = x[i] + normed[i];
 done:
@@ -298,12 +296,10 @@ static int add_mlp(const pllm_layer *l, float *y, enum pllm_activations activati
     float *const up = gate + inner, *const normed = up + inner;
     memset(gate, 0, (size_t)(2 * inner) * sizeof *gate);
     rms_norm(y, l->norm[1], width, l->epsilon, normed);
-    int status = multiply(l, PLLM_LAYER_GATE, normed, gate, activations, threads);
-    if (status == PLLM_OK)
-        status = multiply(l, PLLM_LAYER_UP, normed, up, activations, threads);
+    int status = multiply(l, PLLM_LAYER_GATE, 2, normed, (float *const[]){gate, up}, activations, threads);
     if (status == PLLM_OK) {
         gate_values(gate, up, inner);
-        status = multiply(l, PLLM_LAYER_DOWN, gate, normed, activations, threads);
+        status = multiply(l, PLLM_LAYER_DOWN, 1, gate, (float *const[]){normed}, activations, threads);
     }
     for (ptrdiff_t i = 0; i < width && status == PLLM_OK; i++)
         y[i] += normed[i];
