@@ -83,6 +83,22 @@ static int bits_are_good(const uint8_t *bits, npy_intp blocks, int extra)
     return 1;
 }
 
+/* Does `order` name every column once? Columns that it left out would never be written. If not, an exception is set. */
+static int is_permutation(const int32_t *order, npy_intp columns)
+{
+    uint8_t *const named = calloc((size_t)columns, sizeof *named);
+    int good = pllm_succeeded(named ? PLLM_OK : PLLM_ENOMEM);
+    for (npy_intp i = 0; good && i < columns; i++) {
+        good = pllm_in_range("codec.order: a column", order[i], 0, columns - 1);
+        if (good && named[order[i]]++) {
+            PyErr_Format(PyExc_ValueError, "codec.order: got column %d twice, want every column once", (int)order[i]);
+            good = 0;
+        }
+    }
+    free(named);
+    return good;
+}
+
 /* codec: kernels.TrellisView, (block_bits, extra, magnitude, order | None, factor | None). Returns 1, or 0 with an
  * exception set. */
 static int take_trellis(matrix_args *m, PyObject *codec_obj, npy_intp in_features)
@@ -108,9 +124,8 @@ static int take_trellis(matrix_args *m, PyObject *codec_obj, npy_intp in_feature
         if (!pllm_in_range("codec.magnitude: a magnitude", t->magnitude[i], 0,
                            i < PLLM_TRELLIS_SMALLS ? PLLM_TRELLIS_SMALL : INT8_MAX))
             return 0;
-    for (npy_intp i = 0; t->order && i < in_features; i++)
-        if (!pllm_in_range("codec.order: a column", t->order[i], 0, in_features - 1))
-            return 0;
+    if (t->order && !is_permutation(t->order, in_features))
+        return 0;
     m->codec = (pllm_codec){.d = 1, .k = 1, .index_bits = 1, .table_scale = 1.0f, .trellis = t};
     return 1;
 }

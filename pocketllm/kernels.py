@@ -253,7 +253,7 @@ class TrellisView(NamedTuple):
         extra: of every four rows so many have a bit more, 0..3; then block_bits end at 5.
         magnitude: int8 (252,), none negative: 4, 8, 16, ... 128 of 1 to 6 bits, the first 12 at
             most 63.
-        order: int32 (in_features,), the column of W that stands i-th, or None: in order.
+        order: int32 (in_features,), the column of W that stands i-th, each once; or None: in order.
         factor: (in_features,) what values of the i-th stored column are multiplied by, or None.
     """
 

@@ -204,6 +204,11 @@ BAD: list[tuple[str, Any, str]] = [
     ),
     ("magnitude", lambda a: a[1:], "codec.magnitude: got int8 (251,), want int8 (252,)"),
     ("order", lambda a: np.full(200, 200, np.int32), "codec.order: a column: got 200, want 0..199"),
+    (
+        "order",
+        lambda a: np.arange(200, dtype=np.int32) // 199 * 199,
+        "codec.order: got column 0 twice, want every column once",
+    ),
     ("factor", lambda a: np.ones(3, np.float32), "codec.factor: got float32 (3,)"),
 ]
 
