@@ -122,6 +122,8 @@ class ModuleSpec:
             see :mod:`pocketllm.rowcode`.
         bits: of a module in trellis codes: of every weight, or of each block of columns, which
             then have a tensor ``columns``.
+        names_statistics: the entry has the key ``statistics`` although they are ``"float16"``, as
+            those without it are: the layout's checksum is of its text.
     """
 
     name: str
@@ -134,6 +136,7 @@ class ModuleSpec:
     tied_to: str | None = None
     statistics: str = "float16"
     bits: trellis.Bits | None = None
+    names_statistics: bool = False
 
     @property
     def weights(self) -> int:
@@ -171,7 +174,9 @@ class ModuleSpec:
         entry.update(codec=self.codec, scale=self.scale, shift=self.shift)
         if self.bits is not None:
             entry["bits"] = _runs(self.bits) if isinstance(self.bits, tuple) else self.bits
-        return entry if self.statistics == "float16" else {**entry, "statistics": self.statistics}
+        if self.names_statistics or self.statistics != "float16":
+            entry["statistics"] = self.statistics
+        return entry
 
 
 def _runs(blocks: tuple[int, ...]) -> list[list[int]]:
@@ -341,7 +346,16 @@ def _module(
             f"{here}: bits is {entry['bits']!r}, want none: its codec {codec!r} is no trellis"
         )
     return ModuleSpec(
-        name, kind, (rows, columns), codec, scale, shift, dtype, statistics=statistics, bits=bits
+        name,
+        kind,
+        (rows, columns),
+        codec,
+        scale,
+        shift,
+        dtype,
+        statistics=statistics,
+        bits=bits,
+        names_statistics=entry.get("statistics") == "float16",
     )
 
 

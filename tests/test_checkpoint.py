@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import independent_reader
 import numpy as np
 import pytest
 from compressed import random_codec, random_module, simple_checkpoint, simple_parts
@@ -82,6 +83,14 @@ def resum(folder: Path) -> None:
         header["__metadata__"]["pocketllm"] = json.dumps(record)
 
     rewrite(folder, apply)
+
+
+def resum_layout(folder: Path) -> None:
+    """Make the layout's checksum that of what stands in config.json."""
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    layout = {key: quantization[key] for key in ("codecs", "modules")}
+    text = json.dumps(layout, sort_keys=True, separators=(",", ":"))
+    edit_record(folder, lambda record: record.update(layout=f"{zlib.crc32(text.encode()):08x}"))
 
 
 def set_bytes(name: str, value: bytes, at: int = 0) -> Any:
@@ -395,11 +404,24 @@ def test_whole_bits_may_be_written_without_a_point(tmp_path: Path) -> None:
     edit_config(folder, whole)
     with pytest.raises(CheckpointError, match="are not those the weight files"):
         open_checkpoint(folder)
-    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
-    layout = {key: quantization[key] for key in ("codecs", "modules")}
-    text = json.dumps(layout, sort_keys=True, separators=(",", ":"))
-    edit_record(folder, lambda record: record.update(layout=f"{zlib.crc32(text.encode()):08x}"))
+    resum_layout(folder)
     np.testing.assert_array_equal(open_checkpoint(folder).load_dequantised("m"), expected)
+
+
+def test_default_statistics_may_be_spelled_out(folder: Path) -> None:
+    expected = open_checkpoint(folder).load_dequantised("a.linear")
+
+    def spell_out(config: dict[str, Any]) -> None:
+        entry = config["quantization_config"]["modules"]["a.linear"]
+        assert "statistics" not in entry
+        entry["statistics"] = "float16"
+
+    edit_config(folder, spell_out)
+    with pytest.raises(CheckpointError, match="are not those the weight files"):
+        open_checkpoint(folder)
+    resum_layout(folder)
+    np.testing.assert_array_equal(open_checkpoint(folder).load_dequantised("a.linear"), expected)
+    np.testing.assert_allclose(independent_reader.read(folder)[0]["a.linear"], expected, rtol=1e-6)
 
 
 def test_codec_name(folder: Path) -> None:
