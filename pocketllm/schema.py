@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import trellis
-from .errors import CheckpointError
+from .errors import CheckpointError, PocketError
 
 QUANT_METHOD = "pocketllm"
 FORMAT_VERSION = 1
@@ -144,7 +144,11 @@ class ModuleSpec:
         return 0 if self.kind == "tied" else self.shape[0] * self.shape[1]
 
     def tensors(self, codec: CodecSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Part name -> (safetensors dtype, shape) of what the file stores for the module."""
+        """Part name -> (safetensors dtype, shape) of what the file stores for the module.
+
+        Raises:
+            PocketError: trellis codes without bits.
+        """
         rows, columns = self.shape
         parts: dict[str, tuple[str, tuple[int, ...]]] = {
             "weight": ("U8", (self.payload_bytes(codec),))
@@ -162,7 +166,12 @@ class ModuleSpec:
         """Bytes of the packed rows."""
         rows, columns = self.shape
         if codec.is_trellis:
-            assert self.bits is not None
+            if self.bits is None:
+                raise PocketError(
+                    f"module {self.name!r}: bits is None, want those of its trellis codes: a"
+                    f" multiple of 1/4 from 1 to {trellis.MAX_BITS}, or a tuple of those of each"
+                    " block of columns"
+                )
             return trellis.payload_bytes(self.bits, rows, columns)
         return rows * row_stride_bytes(columns, codec.subvector, codec.index_bits)
 

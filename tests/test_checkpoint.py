@@ -851,6 +851,9 @@ def test_writer_checks_what_it_is_given(tmp_path: Path) -> None:
         module = dataclasses.replace(apart, **wrong)
         with pytest.raises(PocketError, match=message):
             simple_checkpoint(tmp_path / "model", modules=[module], codecs=[coded])
+    without = dataclasses.replace(apart, spec=dataclasses.replace(apart.spec, bits=None))
+    with pytest.raises(PocketError, match="^module 'm': bits is None, want those of its trellis"):
+        simple_checkpoint(tmp_path / "model", modules=[without], codecs=[coded])
     twice = {"m.weight": ArrayTensor(np.zeros(3, np.float32), "F32")}
     with pytest.raises(PocketError, match="both dense and compressed"):
         simple_checkpoint(tmp_path / "model", modules=[good], codecs=[codec], dense_tensors=twice)
