@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 # A tensor with at least this share of the weight files is named when it stays dense.
 LARGE_SHARE = 0.01
-SLOW = "slower than dense bf16 for one token here; d = 4 with up to 4,096 codewords is fast"
+SLOW = "slower than dense bf16 for one token here"
+# What is faster than codecs that are slow: is it one of trellis codes? -> advice.
+FASTER = {
+    True: "fewer bits are faster, and so are the codebooks of --prefer speed",
+    False: "d = 4 with up to 4,096 codewords is fast",
+}
 SIZE_SETTINGS = ("bits", "target_size", "subvector", "codebook")
 
 
@@ -160,9 +165,11 @@ def print_plan(plan: Plan) -> None:
     for tensor in plan.dense:
         lines.append(("left dense", f"{tensor.name}: {tensor.weights:,} weights, {tensor.reason}"))
     print(f"\n{text.facts(lines)}")
-    slow = [name for name, speed in speeds.items() if speed < 1]
-    if slow:
-        print(f"note: {', '.join(slow)}: {SLOW}")
+    for is_trellis, advice in FASTER.items():
+        alike = [name for name, spec in plan.codecs.items() if spec.is_trellis == is_trellis]
+        slow = [name for name in alike if speeds.get(name, 1) < 1]
+        if slow:
+            print(f"note: {', '.join(slow)}: {SLOW}; {advice}")
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

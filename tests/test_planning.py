@@ -51,3 +51,19 @@ def test_speeds_are_measured_and_slow_codecs_named(capsys: pytest.CaptureFixture
     print_plan(plan)
     said = capsys.readouterr().out
     assert "2.5x" in said and "note" not in said
+
+
+def test_advice_fits_the_codecs_that_are_slow(capsys: pytest.CaptureFixture[str]) -> None:
+    """Six bits are more than d = 4 can have."""
+    plan = make_plan(tiny_model("llama"), PocketConfig(bits=6.1, codec="trellis"))
+    plan.speeds = {"trellis": 0.9}
+    print_plan(plan)
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert note.startswith("note: trellis: slower than dense bf16 for one token here; fewer bits")
+    assert "--prefer speed" in note and "d = 4" not in note
+    plan = make_plan(tiny_model("llama"), PocketConfig(bits=6.1, codec="codebook"))
+    plan.speeds = dict.fromkeys(plan.codecs, 0.9)
+    print_plan(plan)
+    said = capsys.readouterr().out
+    assert said.count("note:") == 1 and all(name in said for name in plan.codecs)
+    assert "d = 4 with up to" in said and "fewer bits" not in said
