@@ -176,8 +176,9 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument(
         "--codec",
         choices=list(CODECS),
-        help="what a size is met with: trellis codes, or codebooks (default: trellis codes unless"
-        " another setting asks for codebooks)",
+        help="what a size is met with: trellis codes (and codebooks for matrices that need fewer"
+        " than 1 or more than 6 bits), or codebooks (default: trellis codes unless another setting"
+        " asks for codebooks)",
     )
     parser.add_argument(
         "--prefer",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from tiny_models import tiny_model
 
-from pocketllm import PocketConfig
+from pocketllm import PocketConfig, cli
 from pocketllm.commands import print_plan
-from pocketllm.planning import make_plan, predict_speeds
+from pocketllm.layout import walk
+from pocketllm.planning import Harm, make_plan, predict_speeds
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2"])
@@ -36,6 +38,26 @@ def test_sizes_that_trellis_codes_cannot_have_are_met_with_codebooks(
     assert set(plan.rates) == ({t.name for t in plan.targets} if storage == "trellis" else set())
     assert all(1 <= rate.rate <= 6 for rate in plan.rates.values())
     assert bits - 0.15 < plan.bits_per_weight <= bits
+
+
+def test_a_matrix_that_needs_more_bits_than_a_trellis_has_gets_a_codebook(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the help says. Errors that harm 30 times as much are worth log4(30) = 2.5 bits more."""
+    model = tiny_model("llama")
+    targets, _ = walk(model, embeddings=False)
+    harm_of = {}
+    for target in targets:
+        alike = np.ones(target.shape[1], np.float32)
+        times = 30.0 if target is targets[0] else 1.0
+        harm_of[target.name] = Harm(times * target.weights, alike / len(alike), alike)
+    plan = make_plan(model, PocketConfig(bits=5, codec="trellis"), harm_of)
+    assert plan.codecs[plan.codec_of[targets[0].name]].codebook == 128
+    assert plan.rates.keys() == {t.name for t in targets[1:]}
+    with pytest.raises(SystemExit):
+        cli.main(["compress", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "codebooks for matrices that need fewer than 1 or more than 6 bits" in said
 
 
 def test_speeds_are_measured_and_slow_codecs_named(capsys: pytest.CaptureFixture[str]) -> None:
