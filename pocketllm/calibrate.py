@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 import tempfile
 import threading
@@ -31,7 +32,7 @@ from torch import nn
 
 from .errors import PocketError
 from .parallel import worker_threads
-from .precision import bfloat16_factors, bfloat16_linears, factor_dtype
+from .precision import bfloat16_factors, bfloat16_linears, factor_dtype, power_of_two
 from .weights import LoadedWeights, Weights
 from .workspace import writing
 
@@ -555,13 +556,15 @@ def column_squares(
             time it was used.
         spread: (out,) weights.
     """
-    weights = torch.from_numpy(spread).float()
+    # The larger weights are, the smaller are their gradients.
+    unit = power_of_two(math.sqrt(spread.max(initial=0.0)))
+    weights = torch.from_numpy(spread / unit**2).float()
     flat = [(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])) for x, g in pairs]
     total = np.zeros(flat[0][0].shape[1])
     for first in range(0, flat[0][1].shape[1], GRADIENT_ROWS):
         rows = slice(first, first + GRADIENT_ROWS)
         block = sum((g[:, rows].T @ x for x, g in flat[1:]), flat[0][1][:, rows].T @ flat[0][0])
-        total += (weights[rows] @ block.square()).double().numpy()
+        total += (weights[rows] @ block.mul_(unit).square()).double().numpy()
     return total
 
 

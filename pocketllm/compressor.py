@@ -309,15 +309,15 @@ class Compression:
         self._progress.step(target.name, self._work.matrices[target.name])
         codec = self.codecs[self.plan.codec_of[target.name]]
         hessian = hessian if self.config.feedback else None
-        factors = self._factors(hessian, codec)
+        encode = self._trellis if codec.spec.is_trellis else self._codewords
         with naming(target):
+            factors = self._factors(hessian, codec)
             scale, shift = row_statistics(
                 functools.partial(self.weights.parts, target),
                 row_scale=self.config.row_scale,
                 row_shift=self.config.row_shift,
             )
-        encode = self._trellis if codec.spec.is_trellis else self._codewords
-        arrays = encode(target, codec, scale, shift, hessian, factors)
+            arrays = encode(target, codec, scale, shift, hessian, factors)
         if shift is not None:
             arrays["shift"] = rowcode.encode(shift, signed=True)
         self.workspace.store(_part(target), arrays)

@@ -20,7 +20,7 @@ from . import kernels
 from .errors import PocketError
 from .layout import Rows, denormalise, subvector_count
 from .parallel import thread_pool
-from .precision import bfloat16_factors
+from .precision import bfloat16_factors, power_of_two
 from .stored import StoredCodec
 
 # Share of H's diagonal that is added to it: what the text at hand says about correlations is
@@ -105,7 +105,9 @@ def factorise(
     count = subvector_count(columns, d)
     length = count * d
     if not np.isfinite(hessian.sum(dtype=np.float64)):
-        raise PocketError("hessian: holds NaN or Inf; the calibration overflowed")
+        raise PocketError(
+            "hessian: holds NaN or Inf, the calibration overflowed: compress without calibration"
+        )
     with _threads() as each:
         h = torch.from_numpy(hessian)
         if length > columns:
@@ -251,7 +253,7 @@ def encode_rows(
         factors: of the hessian, when they are at hand (see :func:`factorise`).
 
     Raises:
-        PocketError: NaN or Inf in the hessian.
+        PocketError: NaN or Inf in the hessian, or in what is stored.
     """
     d = codec.spec.subvector
     if codec.encoder is not None:
@@ -272,7 +274,8 @@ def encode_rows(
     for first in range(0, len(weight), ROWS_TOGETHER):
         part = slice(first, first + ROWS_TOGETHER)
         shift = None if rows.shift is None else rows.shift[part]
-        made = denormalise(decode(index[part]), weight.shape[1], rows.scale[part], shift)
+        with np.errstate(over="ignore"):  # refused below
+            made = denormalise(decode(index[part]), weight.shape[1], rows.scale[part], shift)
         squares += squares_of(weight[part], made, hessian, len(weight))
     return Encoded(index, rows.scale, rows.shift, squares)
 
@@ -280,15 +283,33 @@ def encode_rows(
 def squares_of(
     weight: np.ndarray, made: np.ndarray, hessian: np.ndarray | None, rows: int
 ) -> np.ndarray:
-    """The squares of an :class:`Encoded` for some of ``rows`` rows and what is stored of them."""
-    gap = weight - made
-    plain = [np.square(x).sum(1).sum(dtype=np.float64) for x in (gap, weight)]
-    if hessian is None:
-        return np.array([*plain, np.nan, np.nan])
+    """The squares of an :class:`Encoded` for some of ``rows`` rows and what is stored of them.
+
+    Raises:
+        PocketError: some of what is stored is infinite.
+    """
     every = -(-rows // ROWS_SHOWN)
-    with bfloat16_factors():
-        shown = [_under(np.ascontiguousarray(x[::every]), hessian) for x in (gap, weight)]
-    return np.array([*plain, *shown])
+    largest = float(np.abs(weight).max(initial=0.0))
+    unit = power_of_two(largest)
+    squares = np.array([_squares(x, unit, hessian, every) for x in (weight - made, weight)])
+    if not np.isfinite(squares[0, 0]):
+        raise PocketError(
+            f"weight: with values up to {largest:.3g} some would come back as infinity: leave it"
+            " dense (modules_to_not_convert)"
+        )
+    return squares.T.ravel()
+
+
+def _squares(
+    x: np.ndarray, unit: float, hessian: np.ndarray | None, every: int
+) -> tuple[float, float]:
+    """|x|², and the same under H of each ``every``-th row or NaN, squared in this unit."""
+    x, under = x * np.float32(1 / unit), np.nan
+    if hessian is not None:
+        with bfloat16_factors():
+            under = _under(np.ascontiguousarray(x[::every]), hessian)
+    plain = float(np.square(x, out=x).sum(1).sum(dtype=np.float64))
+    return unit**2 * plain, unit**2 * under
 
 
 def _encode_feedback(values: np.ndarray, table: np.ndarray, factors: Factors) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Precision of torch's matrix products."""
+"""Precision of torch's matrix products, and units in which squares are float32."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,17 @@ import torch
 from torch import nn
 
 from . import kernels
+
+# Units are halved or doubled so often at most, so that they and their inverses are float32.
+MOST_DOUBLINGS = 120
+
+
+def power_of_two(largest: float) -> float:
+    """A unit for values up to ``largest``, whose own squares may be beyond float32, or below it.
+
+    In this unit all digits stay as they are.
+    """
+    return 2.0 ** max(-MOST_DOUBLINGS, min(math.frexp(largest)[1], MOST_DOUBLINGS))
 
 
 @contextmanager

@@ -227,6 +227,9 @@ def encode_trellis(
         stored: the codec's tensors.
         hessian: (in, in), for the errors; None: plain ones alone.
         factors: of it, in blocks of one column; None: no feedback.
+
+    Raises:
+        PocketError: some of what is stored is infinite.
     """
     scale = rowcode.nearest(scale * np.float32(coding.gain), signed=False)
     order, codes = coding.order, coding.codes

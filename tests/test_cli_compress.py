@@ -513,18 +513,51 @@ def no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+@pytest.mark.parametrize("codec", ["trellis", "codebook"])
+def test_weights_near_the_end_of_float32(model: Path, tmp_path: Path, codec: str) -> None:
+    """Their squares are far beyond it: what is shown are still the errors of what is stored."""
+    folder = broken(
+        model, tmp_path / "tiny", lambda m: edit_tensors(m, lambda t: t[UP_PROJ].mul_(1e38))
+    )
+    figures, out = tmp_path / "figures.json", tmp_path / "out"
+    options = ["--codec", codec, "--json", str(figures)]
+    assert cli.main(["compress", str(folder), str(out), *options]) == 0
+    name = UP_PROJ.removesuffix(".weight")
+    weight = load_file(folder / "model.safetensors")[UP_PROJ].double().numpy()
+    assert 1e36 < np.abs(weight).max() < 1e38
+    made = independent_reader.read(out)[0][name]
+    error = np.square(made - weight).sum() / np.square(weight).sum()
+    assert 0.001 < error < 0.1
+    assert json.loads(figures.read_text())["errors"][name] == pytest.approx(error, rel=1e-4)
+
+
+def put_largest(folder: Path) -> None:
+    spread = torch.finfo(torch.bfloat16).max * torch.linspace(-1, 1, 64)
+    edit_tensors(folder, lambda tensors: tensors[UP_PROJ].copy_(spread))
+
+
 @pytest.mark.parametrize(
     "change, named",
     [
         (put_nan, UP_PROJ.removesuffix(".weight")),
         (put_infinity, UP_PROJ.removesuffix(".weight")),
+        (put_largest, "up_proj: weight: with values up to 3.39e+38 some would come back as inf"),
         (drop_tensor, UP_PROJ),
         (truncate, "tiny"),
         (unknown_type, "abacus"),
         (no_json, "config.json"),
         (no_weights, "tiny"),
     ],
-    ids=["nan", "inf", "missing tensor", "truncated", "unknown type", "no json", "no weights"],
+    ids=[
+        "nan",
+        "inf",
+        "largest",
+        "missing tensor",
+        "truncated",
+        "unknown type",
+        "no json",
+        "no weights",
+    ],
 )
 def test_broken_models(
     model: Path,

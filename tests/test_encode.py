@@ -237,3 +237,22 @@ def test_published_codec_is_encoded_by_the_nearest_latent() -> None:
     values = stored.codec.reconstruct(encoded.index)
     gap = weight - denormalise(values, 32, encoded.scale, None)
     assert encoded.error == pytest.approx((gap**2).sum() / (weight**2).sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("exponent", [-130, -70, 0, 70, 123])
+def test_errors_of_very_large_and_small_weights(exponent: int) -> None:
+    """Their squares are no float32 numbers."""
+    weight, made = np.ldexp(normal(0, 40, 12), exponent), np.ldexp(normal(1, 40, 12), exponent)
+    hessian = correlated(12, 50)
+    squares = encode.squares_of(weight, made, hessian, len(weight))
+    gap, whole = weight.astype(np.float64) - made, weight.astype(np.float64)
+    want = [(gap**2).sum(), (whole**2).sum(), under(gap, hessian), under(whole, hessian)]
+    np.testing.assert_allclose(squares, want, rtol=1e-4)
+
+
+def test_what_comes_back_as_infinity_is_refused() -> None:
+    weight = np.full((3, 4), 3e38, np.float32)
+    made = weight.copy()
+    made[1, 2] = np.inf
+    with pytest.raises(PocketError, match="values up to 3e.38 some would come back as infinity"):
+        encode.squares_of(weight, made, None, 3)

@@ -167,3 +167,24 @@ def test_windows_are_cut_into_shorter_ones(length: int, pieces: int, kept: int) 
     cut = shortened(windows)
     assert cut.shape == (3 * pieces, kept)
     assert torch.equal(cut.view(3, pieces * kept), windows[:, : pieces * kept])
+
+
+@pytest.mark.parametrize("exponent", [-100, 100])
+def test_matrices_of_any_magnitude(exponent: int) -> None:
+    """Values times 2^100 and outputs times 2^-100 are the same model; powers of two leave all
+    digits as they are."""
+    windows, found = windows_of(2, 9), []
+    for power in (0, exponent):
+        model = tiny_model("llama").requires_grad_(False)
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(2.0**power)
+            layer.self_attn.o_proj.weight.mul_(2.0**-power)
+        targets, _ = walk(model, embeddings=False)
+        with opened(model, windows, targets) as calibrator:
+            found.append(sensitivities(calibrator, LoadedWeights(model), targets, 0))
+    as_they_are, scaled = found
+    assert len({harm.whole for harm in as_they_are.values()}) > 1
+    for name, harm in as_they_are.items():
+        assert scaled[name].whole == harm.whole, name
+        np.testing.assert_array_equal(scaled[name].cost, harm.cost)
+        np.testing.assert_array_equal(scaled[name].energy, harm.energy)
