@@ -19,7 +19,7 @@ from .errors import PocketError
 from .layout import Target
 from .schema import CodecSpec, index_bits, row_stride_bytes
 from .tensorfile import DTYPES
-from .trellis_bits import expected_error, share_bits, shared_error
+from .trellis_bits import Sharing, expected_error
 
 SCALE_BITS = 8
 # The best d-dimensional quantiser of a Gaussian errs by g_d * 2^(-2R) at high rates R (Zador):
@@ -108,11 +108,11 @@ def payload_bits(
     *,
     row_scale: bool,
     row_shift: bool,
-    shares: np.ndarray | None = None,
+    shares: Sharing | None = None,
 ) -> int:
     """Bits of a matrix's packed indices or codes and statistics (the table apart).
 
-    ``shares`` are those of its columns in its harm, where their blocks have bits of their own.
+    ``shares`` are those of its columns, where their blocks have bits of their own.
     """
     if target.tied_to:
         return 0
@@ -123,7 +123,7 @@ def payload_bits(
         return rows * 8 * row_bytes + statistics
     bits: trellis.Bits = rung.rate
     if shares is not None:
-        bits = tuple(share_bits(np.sort(shares)[::-1], rung.row_bytes(columns)).tolist())
+        bits = tuple(shares.bits(rung.row_bytes(columns)).tolist())
         statistics += 8 * columns
     return 8 * trellis.payload_bytes(bits, rows, columns) + statistics
 
@@ -158,7 +158,7 @@ def allocate(
     row_shift: bool = False,
     groups_of: Callable[[Mapping[str, Rung]], Mapping[str, str]],
     harm_of: Mapping[str, float] | None = None,
-    shares_of: Mapping[str, np.ndarray] | None = None,
+    shares_of: Mapping[str, Sharing] | None = None,
     ladder: str = "quality",
 ) -> dict[str, Rung]:
     """Give every target a shape or rate so that all bytes together stay within ``budget_bits``.
@@ -172,7 +172,7 @@ def allocate(
         harm_of: target name -> harm of a relative squared error of 1; None: as many as it has
             weights, in embeddings eight times that.
         shares_of: names of the targets whose blocks of columns have bits of their own in trellis
-            codes -> (in,) what an error of a column's own variance costs, of a whole of about 1.
+            codes -> how they share them, their harm about 1 in all.
         ladder: which, ``"quality"``, ``"speed"`` or ``"trellis"``.
 
     Raises:
@@ -300,7 +300,7 @@ def _harm(
     rungs: Sequence[Rung],
     ladder: str,
     harm_of: Mapping[str, float] | None,
-    shares: Mapping[str, np.ndarray],
+    shares: Mapping[str, Sharing],
 ) -> np.ndarray:
     """(matrices, rungs): predicted, on average as large as the errors of all weights."""
     whole = np.array(
@@ -313,7 +313,7 @@ def _harm(
             if isinstance(shape, Rate):
                 if target.name in shares:
                     row_bytes = shape.row_bytes(target.shape[1])
-                    harm[i, r] = whole[i] * shared_error(shares[target.name], row_bytes)
+                    harm[i, r] = whole[i] * shares[target.name].error(row_bytes)
                 continue
             # A codebook for a matrix alone must find as many sub-vectors in it.
             if r and shape.codewords * shape.subvector > target.weights:

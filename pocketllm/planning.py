@@ -16,7 +16,7 @@ from .config import PocketConfig
 from .errors import PocketError
 from .layout import Dense, Target, subvector_count, walk
 from .schema import CodecSpec, row_stride_bytes
-from .trellis_bits import expected_error, shared_error
+from .trellis_bits import Sharing, expected_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -140,7 +140,7 @@ def make_plan(
         shapes: dict[str, Rung] = {
             t.name: Shape(config.subvector, config.codebook) for t in targets
         }
-        shares: dict[str, np.ndarray] = {}
+        shares: dict[str, Sharing] = {}
     else:
         budget = _budget_bits(config, targets, dense_bytes)
         shares = _shares(config, targets, harm_of)
@@ -378,10 +378,9 @@ def _group_names(
 
 def _shares(
     config: PocketConfig, targets: list[Target], harm_of: Mapping[str, Harm] | None
-) -> dict[str, np.ndarray]:
-    """Names of the targets whose columns get bits of their own -> (in,) what an error of a column's
-    own variance costs."""
-    shares: dict[str, np.ndarray] = {}
+) -> dict[str, Sharing]:
+    """Names of the targets whose columns get bits of their own -> how they share them."""
+    shares: dict[str, Sharing] = {}
     if not config.has_trellis or harm_of is None:
         return shares
     for target in targets:
@@ -389,11 +388,9 @@ def _shares(
             continue
         rows, columns = target.shape
         harm = harm_of[target.name]
-        own = harm.cost * harm.energy
+        own = Sharing(harm.cost * harm.energy)
         left = WORTHWHILE_BITS - 8 / rows  # the byte that each column takes
-        if shared_error(own, int(left * columns / 8)) < WORTHWHILE * expected_error(
-            WORTHWHILE_BITS
-        ):
+        if own.error(int(left * columns / 8)) < WORTHWHILE * expected_error(WORTHWHILE_BITS):
             shares[target.name] = own
     return shares
 
@@ -403,7 +400,7 @@ def _allocate(
     targets: list[Target],
     budget: float,
     harm_of: Mapping[str, Harm] | None,
-    shares: Mapping[str, np.ndarray],
+    shares: Mapping[str, Sharing],
 ) -> dict[str, Rung]:
     owners = [t for t in targets if not t.tied_to]
     return allocate(

@@ -54,11 +54,25 @@ def share_bits(harm: np.ndarray, row_bytes: int) -> np.ndarray:
     return np.minimum.accumulate(bits)
 
 
-def shared_error(harm: np.ndarray, row_bytes: int) -> float:
-    """What columns cost together, in any order, when blocks of them share bits.
+class Sharing:
+    """How blocks of a matrix's columns share bits, for any bytes a row.
 
-    ``harm`` and ``row_bytes`` are those of :func:`share_bits`.
+    Attributes:
+        harm: (columns,) what an error of each column's own variance costs, falling.
     """
-    falling = np.sort(harm)[::-1]
-    bits = np.repeat(share_bits(falling, row_bytes), trellis.BLOCK)[: len(harm)]
-    return float((falling * np.array(ERRORS)[bits]).sum())
+
+    def __init__(self, harm: np.ndarray) -> None:
+        """``harm`` may be in any order."""
+        self.harm = np.sort(harm)[::-1]
+        self._bits: dict[int, np.ndarray] = {}
+
+    def bits(self, row_bytes: int) -> np.ndarray:
+        """Those of :func:`share_bits`, found once."""
+        if row_bytes not in self._bits:
+            self._bits[row_bytes] = share_bits(self.harm, row_bytes)
+        return self._bits[row_bytes]
+
+    def error(self, row_bytes: int) -> float:
+        """What columns then cost together."""
+        each = np.repeat(self.bits(row_bytes), trellis.BLOCK)[: len(self.harm)]
+        return float((self.harm * np.array(ERRORS)[each]).sum())

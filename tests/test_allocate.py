@@ -8,6 +8,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from pocketllm import trellis_bits
 from pocketllm.allocate import (
     LADDERS,
     Rate,
@@ -21,6 +22,7 @@ from pocketllm.allocate import (
 from pocketllm.errors import PocketError
 from pocketllm.layout import Target
 from pocketllm.schema import CodecSpec
+from pocketllm.trellis_bits import Sharing, share_bits
 
 
 def spec_of(shape: Rung) -> CodecSpec:
@@ -103,7 +105,8 @@ def test_columns_that_differ_save_bits() -> None:
     targets = [t for t in model_targets() if t.kind == "linear"]
     weights = sum(t.weights for t in targets)
     few = np.sort(np.exp(3 * np.random.default_rng(0).standard_normal(766)))
-    shares = {t.name: few / few.sum() for t in targets if t.name.endswith("down")}
+    down = [t.name for t in targets if t.name.endswith("down")]
+    shares = {name: Sharing(few / few.sum()) for name in down}
     alike, apart = (
         allocate(
             targets,
@@ -123,6 +126,27 @@ def test_columns_that_differ_save_bits() -> None:
         for t in targets
     )
     assert 2.9 * weights < spent <= 3 * weights
+
+
+def test_bits_of_columns_are_found_once_for_each_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+
+    def counted(harm: np.ndarray, row_bytes: int) -> np.ndarray:
+        given.append(row_bytes)
+        return share_bits(harm, row_bytes)
+
+    monkeypatch.setattr(trellis_bits, "share_bits", counted)
+    targets = [Target("a", "linear", (64, 512), "a")]
+    shares = Sharing(np.random.default_rng(0).random(512) / 256)
+    allocate(
+        targets,
+        3 * 64 * 512,
+        spec_of=spec_of,
+        groups_of=together,
+        shares_of={"a": shares},
+        ladder="trellis",
+    )
+    assert sorted(given) == [16 * quarters for quarters in range(4, 25)]
 
 
 def test_no_codebook_is_larger_than_the_matrix() -> None:
@@ -159,7 +183,7 @@ def test_index_bits_and_payload() -> None:
     assert bits == (2 * 4 + 6) * 8 + 8 * (1 + 3)
     # Of 300 columns two blocks take a row's 37 bytes, 16 a bit; each column has a byte.
     wide = Target("w", "linear", (3, 300), "w")
-    shares = np.r_[np.full(128, 0.004), np.full(172, 0.002)]
+    shares = Sharing(np.r_[np.full(128, 0.004), np.full(172, 0.002)])
     bits = payload_bits(wide, Rate(4), row_scale=True, row_shift=False, shares=shares)
     assert bits == 3 * 8 * 32 + 8 * (1 + 3) + 8 * 300
 

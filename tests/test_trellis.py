@@ -186,7 +186,9 @@ def test_bits_go_where_they_save_most() -> None:
         fitting = [b for b in ways if np.dot(b, size) <= budget and list(b) == sorted(b)[::-1]]
         assert cost(blocks) <= 1.02 * min(map(cost, fitting))
         shuffled = rng.permutation(harm)
-        assert trellis_bits.shared_error(shuffled, budget) == pytest.approx(cost(blocks))
+        shared = trellis_bits.Sharing(shuffled)
+        np.testing.assert_array_equal(shared.bits(budget), blocks)
+        assert shared.error(budget) == pytest.approx(cost(blocks))
 
 
 def layer(rows: int, columns: int, spread: float, seed: int = 6) -> tuple[np.ndarray, np.ndarray]:
