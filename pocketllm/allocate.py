@@ -209,8 +209,9 @@ def allocate(
             f"the least here is {least:.3f}: "
             f"ask for at least {math.ceil(least * 100) / 100:.2f}"
         )
-    affordable = _without_costly_tables(problem)
-    choice = _spend_the_rest(problem, smallest if affordable is None else affordable)
+    value, best = problem.solve(list(range(len(problem.rungs))))
+    choices = [smallest] if best is None else [_without_costly_tables(problem, value, best), best]
+    choice = min((_spend_the_rest(problem, c) for c in choices), key=problem.total_harm)
     found = dict(zip(problem.names, choice, strict=True))
     return {t.name: rungs[found[t.tied_to or t.name]] for t in targets}
 
@@ -244,6 +245,10 @@ class _Problem:
         payload = self.cost[np.arange(len(choice)), choice].sum()
         return float(payload) + sum(tables.values())
 
+    def total_harm(self, choice: np.ndarray) -> float:
+        """That of all matrices."""
+        return float(self.harm[np.arange(len(choice)), choice].sum())
+
     def solve(self, rungs: list[int]) -> tuple[float, np.ndarray | None]:
         """The best choice of these rungs within the budget, and the value of its Lagrangian;
         infinity and None where none fits."""
@@ -260,17 +265,19 @@ class _Problem:
                 high, best = price, choice
         if best is None:
             return math.inf, None
-        chosen = self.harm[np.arange(len(best)), best].sum()
-        return float(chosen) + high * (self.bits(best) - self.budget), best
+        return self.total_harm(best) + high * (self.bits(best) - self.budget), best
 
 
-def _without_costly_tables(problem: _Problem) -> np.ndarray | None:
-    """The best choice, of as few rungs as pay for their tables; None where none fits."""
-    value, choice = problem.solve(list(range(len(problem.rungs))))
-    while choice is not None and len(used := sorted(set(choice.tolist()))) > 1:
+def _without_costly_tables(problem: _Problem, value: float, choice: np.ndarray) -> np.ndarray:
+    """The choice, or a better one of as few rungs as pay for their tables.
+
+    Lagrangians compare what choices would cost if all of the budget could be spent; where a rung is
+    missing for that they promise too much.
+    """
+    while len(used := sorted(set(choice.tolist()))) > 1:
         fewer = [problem.solve([r for r in used if r != gone]) for gone in used]
         least, best = min(fewer, key=lambda found: found[0])
-        if least > value:
+        if best is None or least > value:
             break
         value, choice = least, best
     return choice

@@ -100,6 +100,32 @@ def test_a_sensitive_matrix_gets_its_bits_from_the_others() -> None:
     )
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_no_price_of_a_bit_gives_a_better_choice(seed: int) -> None:
+    """Each price gives every matrix the rung of least harm and cost; fewer tables must not lose
+    against that."""
+    targets, ladder = model_targets(), LADDERS["quality"]
+    owners = [t for t in targets if not t.tied_to]
+    spread = np.exp(1.5 * np.random.default_rng(seed).standard_normal(len(owners)))
+    harm = {t.name: t.weights * float(x) for t, x in zip(owners, spread, strict=True)}
+    budget = 2.5 * sum(t.weights for t in targets)
+    shapes = allocate(targets, budget, spec_of=spec_of, groups_of=together, harm_of=harm)
+
+    def harm_with(target: Target, rung: Rung) -> float:
+        return harm[target.name] * predicted_error(rung)
+
+    least = np.inf
+    for price in np.geomspace(1e-4, 10, 200):
+        chosen: dict[str, Rung] = {}
+        for t in owners:
+            allowed = [r for r in ladder if r.codewords * r.subvector <= t.weights]
+            bits = {r: payload_bits(t, r, row_scale=True, row_shift=False) for r in allowed}
+            chosen[t.name] = min(allowed, key=lambda r: harm_with(t, r) + price * bits[r])
+        if total_bits(owners, chosen) <= budget:
+            least = min(least, sum(harm_with(t, chosen[t.name]) for t in owners))
+    assert sum(harm_with(t, shapes[t.name]) for t in owners) <= least * (1 + 1e-9)
+
+
 def test_columns_that_differ_save_bits() -> None:
     """A matrix whose harm is in few columns needs fewer bits, and others get them."""
     targets = [t for t in model_targets() if t.kind == "linear"]
