@@ -44,8 +44,6 @@ Names = tuple[str, ...]
 MOMENT_ROWS = 1024
 # Windows whose inputs are multiplied together where these are kept in bfloat16.
 MOMENT_WINDOWS = 4
-# Rows of a gradient that exist at a time, for each thread.
-GRADIENT_ROWS = 256
 
 
 def read_windows(
@@ -153,7 +151,8 @@ class Calibrator:
 
     Args:
         model: a causal LM of transformers, on the CPU, in evaluation mode.
-        windows: int64 (n, length) token numbers.
+        windows: int64 (n, length) token numbers, or (n, several, length): windows that pass
+            together and count as one, whose length is then that of all.
         targets: module names whose input matters.
         workers: threads; None = torch's.
         weights: where the model's parameters are; None: in the model.
@@ -232,14 +231,14 @@ class Calibrator:
     def first_inputs(self) -> HiddenStates:
         """Input (length, hidden) of the first layer, of every window."""
         windows = range(len(self.windows))
-        return self._kept(self._each(lambda w: self._run(w, 0, None, collect=True)[0], windows))
+        return self._kept(self._each(lambda w: self._run(w, 0, None, collect=True), windows))
 
     def forward(self, index: int, states: HiddenStates) -> HiddenStates:
         """Outputs (length, hidden) of a layer for these inputs. To be asked for in order."""
         layer = self._layers[index]
         with self._weights.visit(layer), self._runnable(layer):
             windows = range(len(states))
-            return self._kept(self._each(lambda w: self._run(w, index, states[w])[0], windows))
+            return self._kept(self._each(lambda w: self._run(w, index, states[w]), windows))
 
     @contextmanager
     def _runnable(self, layer: nn.Module) -> Iterator[None]:
@@ -302,9 +301,9 @@ class Calibrator:
             spread: name of each target -> weights (out,) of its rows.
 
         Returns:
-            The gradients (length, hidden) at its inputs, and for every target in it the squared
-            gradient of its matrix, summed over the windows and, weighted, each column: (in,)
-            float64.
+            The gradients (length, hidden) at its inputs, and for every target in it the squares of
+            its matrix's gradients by single tokens, summed over the tokens and, weighted, each
+            column: (in,) float64.
         """
         layer = self._layers[index]
         targets = CalibratedLayer(self, index, f"{self.name}.{index}", layer).targets
@@ -321,7 +320,7 @@ class Calibrator:
                 products, self._local.products = self._local.products, []
                 wanted = [state, *(product for _, _, product in products)]
                 first, *pulled = torch.autograd.grad(
-                    output, wanted, gradients[window][None], allow_unused=True
+                    output, wanted, gradients[window], allow_unused=True
                 )
                 pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
                 for (name, x, _), g in zip(products, pulled, strict=True):
@@ -449,7 +448,7 @@ class Calibrator:
         assert hidden is not None
         with self._runnable(self._layers[index]):
             windows = range(len(self.windows))
-            outputs = self._each(lambda w: self._run(w, index, hidden[w])[0], windows)
+            outputs = self._each(lambda w: self._run(w, index, hidden[w]), windows)
             for window, output in enumerate(outputs):
                 hidden[window] = output
 
@@ -485,18 +484,18 @@ class Calibrator:
     ) -> torch.Tensor:
         """Runs the model on a window with every decoder layer but ``index`` passing through.
 
-        Layer ``index`` gets ``state`` (length, hidden) and its output is returned as (1, length,
-        hidden); with ``collect`` its input is. An index behind the last layer runs what follows the
+        Layer ``index`` gets ``state`` (length, hidden) and its output is returned, alike; with
+        ``collect`` its input is. An index behind the last layer runs what follows the
         layers. Masks, positions and other arguments are thus the model's own. With ``learn`` the
         graph for gradients is kept.
         """
         local = self._local
         local.index, local.state, local.collect, local.result = index, state, collect, None
         with torch.set_grad_enabled(learn), suppress(_Done):
-            self.model(input_ids=self.windows[window : window + 1], use_cache=False)
+            self.model(input_ids=torch.atleast_2d(self.windows[window]), use_cache=False)
         result = local.result
         local.state = local.result = None
-        return result
+        return None if result is None else result.flatten(0, -2)
 
     def _patch(self) -> None:
         for index, layer in enumerate(self._layers):
@@ -528,12 +527,12 @@ class Calibrator:
                 if local.collect:
                     local.result = hidden.float()
                 else:
-                    output = forward(local.state[None], *args[1:], **kwargs)
+                    output = forward(local.state.view_as(hidden), *args[1:], **kwargs)
                     local.result = output[0] if isinstance(output, tuple) else output
                     self._tuples[index] = len(output) if isinstance(output, tuple) else 0
                 raise _Done
             if local.index == len(self._layers) and index == len(self._layers) - 1:
-                hidden = local.state[None]
+                hidden = local.state.view_as(hidden)
             width = self._tuples[index]
             return (hidden, *[None] * (width - 1)) if width else hidden
 
@@ -547,24 +546,30 @@ class _Done(Exception):
 def column_squares(
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], spread: np.ndarray
 ) -> np.ndarray:
-    """Sums (in,) float64 of the squares of each column of a matrix's gradient, weighted by row.
+    """Sums (in,) float64 of the squares of each column of a matrix's gradients by single tokens,
+    weighted by row.
 
-    The gradient of the matrix is there a block of rows at a time.
+    Such a gradient is the outer product of what the token has at the matrix's two sides, and is
+    never made.
 
     Args:
         pairs: an input (..., in) of the matrix and the gradient (..., out) at its product, for each
             time it was used.
         spread: (out,) weights.
     """
-    # The larger weights are, the smaller are their gradients.
     unit = power_of_two(math.sqrt(spread.max(initial=0.0)))
     weights = torch.from_numpy(spread / unit**2).float()
-    flat = [(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])) for x, g in pairs]
-    total = np.zeros(flat[0][0].shape[1])
-    for first in range(0, flat[0][1].shape[1], GRADIENT_ROWS):
-        rows = slice(first, first + GRADIENT_ROWS)
-        block = sum((g[:, rows].T @ x for x, g in flat[1:]), flat[0][1][:, rows].T @ flat[0][0])
-        total += (weights[rows] @ block.mul_(unit).square()).double().numpy()
+    total = np.zeros(pairs[0][0].shape[-1])
+    for pair in pairs:
+        if not pair[0].numel():  # an expert that no token was sent to
+            continue
+        # The larger weights are, the smaller are their gradients and the inputs of those behind.
+        units = [power_of_two(float(side.abs().max())) for side in pair]
+        x, gradient = (
+            side.mul(1 / own).square_().flatten(0, -2)
+            for side, own in zip(pair, units, strict=True)
+        )
+        total += (unit * math.prod(units)) ** 2 * ((gradient @ weights) @ x).double().numpy()
     return total
 
 

@@ -243,8 +243,8 @@ class Compression:
                 windows = sensitivity.shortened(self._windows(sensitivity.WINDOWS))
             else:
                 vocabulary = self.model.get_input_embeddings().weight.shape[0]
-                length = min(sensitivity.LENGTH, window_length(self.model))
-                windows = sensitivity.random_windows(vocabulary, length, self.config.seed)
+                longest = window_length(self.model)
+                windows = sensitivity.random_windows(vocabulary, longest, self.config.seed)
             self._progress.step("sensitivities", self._work.sensitivity)
             with self._calibrator(windows) as calibrator:
                 found = sensitivity.sensitivities(

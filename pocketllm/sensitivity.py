@@ -8,10 +8,12 @@ root mean square of row r; where columns may get bits of their own, the terms of
 share it. It differs between matrices of one model by three orders of magnitude; a
 few windows are enough to find that, and tokens drawn at random are nearly as good as text.
 
-The gradient of a window's sum stands for the sum over its tokens: where tokens are drawn from the
-prediction, the gradients of different positions are uncorrelated. Layers are visited forwards, then
-backwards, one at a time, and what goes from layer to layer waits in files; nothing depends on the
-number of workers.
+The gradient of a window's sum stands for those of its predictions: where tokens are drawn from
+these, the gradients of different predictions are uncorrelated. For a matrix it is a sum of outer
+products, one for each token that passed; each is squared by itself. That leaves out what tokens
+contribute to a prediction together, needs no gradient of a whole matrix, and is so much less noisy
+that bits are shared out no worse. Layers are visited forwards, then backwards, one at a time, and
+what goes from layer to layer waits in files; nothing depends on the number of workers.
 """
 
 from __future__ import annotations
@@ -27,10 +29,13 @@ from .memory import give_back
 from .planning import Harm
 from .weights import Weights
 
-# Windows looked at, and tokens of one at most: what a layer computes on a window is kept until its
-# gradients are known, by every thread.
+# Windows of text that are looked at, and tokens of one at most: what a layer computes on a window
+# is kept until its gradients are known, by every thread.
 WINDOWS = 4
 LENGTH = 256
+# Windows drawn at random: how often so many pass together, and tokens of one. Far into a window of
+# such tokens predictions are like none of a text's.
+DRAWN_PASSES, DRAWN_TOGETHER, DRAWN_LENGTH = 4, 16, 16
 # Rows of a matrix that are read at a time.
 ROWS = 8192
 # Least harm, as a share of what a matrix of this size does on average: where these few tokens never
@@ -40,10 +45,11 @@ LEAST = 0.02
 LEAST_OF_COLUMN = 1e-4
 
 
-def random_windows(vocabulary: int, length: int, seed: int) -> torch.Tensor:
-    """int64 (WINDOWS, length) token numbers, drawn alike from the whole vocabulary."""
-    drawn = np.random.default_rng([seed, 2]).integers(0, vocabulary, (WINDOWS, length))
-    return torch.from_numpy(drawn)
+def random_windows(vocabulary: int, longest: int, seed: int) -> torch.Tensor:
+    """int64 (DRAWN_PASSES, DRAWN_TOGETHER, DRAWN_LENGTH, or ``longest`` if that is less) token
+    numbers, drawn alike from the whole vocabulary."""
+    shape = DRAWN_PASSES, DRAWN_TOGETHER, min(DRAWN_LENGTH, longest)
+    return torch.from_numpy(np.random.default_rng([seed, 2]).integers(0, vocabulary, shape))
 
 
 def shortened(windows: torch.Tensor) -> torch.Tensor:
@@ -205,7 +211,7 @@ def _embedding_harm(
     """
     harm = power = looked_up = 0.0
     for tokens, state, gradient in zip(calibrator.windows, inputs, gradients, strict=True):
-        rows = spread[tokens.numpy()]
+        rows = spread[tokens.flatten().numpy()]
         harm += float((gradient.square().sum(1, dtype=torch.float64).numpy() * rows).sum())
         power += float(state.square().mean(1, dtype=torch.float64).sum())
         looked_up += float(rows.sum())

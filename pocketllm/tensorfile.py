@@ -36,8 +36,8 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-# Where a file's data starts, so that vectors of mapped weights lie within cache lines: one token takes
-# 3 % less.
+# Where a file's data starts, so that vectors of mapped weights lie within cache lines: one token
+# takes 3 % less.
 ALIGNMENT = 64
 CHUNK_BYTES = 1 << 24
 # Most bytes of one read: systems refuse more than about 2 GiB.
@@ -397,7 +397,8 @@ def shard_names(count: int) -> list[str]:
 def header_of(
     names: Iterable[str], tensors: Mapping[str, TensorSource], metadata: Mapping[str, str]
 ) -> bytes:
-    """Length and header of a file that holds ``names`` in this order, padded until its data is aligned."""
+    """Length and header of a file that holds ``names`` in this order, padded until its data is
+    aligned."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name in names:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,54 @@ from torch import nn
 
 from pocketllm.calibrate import Calibrator
 from pocketllm.layout import Target, walk
-from pocketllm.sensitivity import LEAST, LENGTH, random_windows, sensitivities, shortened
+from pocketllm.sensitivity import (
+    DRAWN_PASSES,
+    DRAWN_TOGETHER,
+    LEAST,
+    LENGTH,
+    random_windows,
+    sensitivities,
+    shortened,
+)
 from pocketllm.weights import LoadedWeights
 
 
-def windows_of(count: int, length: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(5).integers(3, 50, (count, length)))
+def windows_of(*shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(5).integers(3, 50, shape))
+
+
+class TokenSquares:
+    """Sums over tokens of the squares of each column of a matrix's gradients by single tokens,
+    weighted by row, of one backward pass by autograd: the gradients made whole, one by one."""
+
+    def __init__(
+        self, model: nn.Module, targets: list[Target], spread: dict[str, np.ndarray]
+    ) -> None:
+        self.model, self.targets, self.spread = model, targets, spread
+        self.seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for target in targets:
+            model.get_submodule(target.name).register_forward_hook(self._note(target.name))
+
+    def _note(self, name: str) -> Any:
+        def note(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            output.retain_grad()
+            self.seen[name] = args[0].detach(), output
+
+        return note
+
+    def clear(self) -> None:
+        for _, output in self.seen.values():
+            output.grad = None
+
+    def columns(self, name: str) -> np.ndarray:
+        x, output = self.seen[name]
+        assert output.grad is not None
+        x, gradient = x.flatten(0, -2).double(), output.grad.flatten(0, -2).double()
+        each = torch.einsum("tr,tc->trc", gradient, x)
+        whole: np.ndarray = (
+            (each.square() * torch.from_numpy(self.spread[name])[:, None]).sum((0, 1)).numpy()
+        )
+        return whole
 
 
 def opened(model: nn.Module, windows: torch.Tensor, targets: list[Target]) -> Calibrator:
@@ -23,12 +67,14 @@ def opened(model: nn.Module, windows: torch.Tensor, targets: list[Target]) -> Ca
 
 
 @pytest.mark.usefixtures("float32_products")
+@pytest.mark.parametrize("together", [None, 2])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "opt", "gemma", "phi"])
-def test_backward_is_autograd_layer_by_layer(architecture: str) -> None:
+def test_backward_is_autograd_layer_by_layer(architecture: str, together: int | None) -> None:
     model = tiny_model(architecture).requires_grad_(False)
     targets, _ = walk(model, embeddings=False)
-    windows = windows_of(3, 7)
-    pulled = torch.randn(3, 7, model.get_output_embeddings().weight.shape[1])
+    windows = windows_of(3, 7) if together is None else windows_of(3, together, 7)
+    tokens = windows[0].numel()
+    pulled = torch.randn(3, tokens, model.get_output_embeddings().weight.shape[1])
     with opened(model, windows, targets) as calibrator:
         states = [calibrator.first_inputs()]
         for index in range(len(calibrator)):
@@ -50,18 +96,16 @@ def test_backward_is_autograd_layer_by_layer(architecture: str) -> None:
         with_kwargs=True,
     )
     model.requires_grad_(True)
+    by_tokens = TokenSquares(model, targets, spread)
     expected = {t.name: 0.0 for t in targets}
     for window in range(3):
-        model.zero_grad()
-        model(input_ids=windows[window : window + 1], use_cache=False)
+        model(input_ids=torch.atleast_2d(windows[window]), use_cache=False)
         first[-1].retain_grad()
-        (seen[-1][0] * pulled[window]).sum().backward()
-        torch.testing.assert_close(gradients[window], first[-1].grad[0], rtol=1e-3, atol=1e-5)
+        (seen[-1].flatten(0, -2) * pulled[window]).sum().backward()
+        before = first[-1].grad.flatten(0, -2)
+        torch.testing.assert_close(gradients[window], before, rtol=1e-3, atol=1e-5)
         for target in targets:
-            gradient = model.get_submodule(target.name).weight.grad.double()
-            gradient = gradient.T if target.kind == "conv1d" else gradient
-            columns = (gradient.square() * torch.from_numpy(spread[target.name])[:, None]).sum(0)
-            expected[target.name] = expected[target.name] + columns.numpy()
+            expected[target.name] = expected[target.name] + by_tokens.columns(target.name)
     for name, columns in squares.items():
         np.testing.assert_allclose(columns, expected[name], rtol=2e-3, atol=1e-9)
 
@@ -69,27 +113,25 @@ def test_backward_is_autograd_layer_by_layer(architecture: str) -> None:
 def whole_expectation(
     model: nn.Module, windows: torch.Tensor, targets: list[Target]
 ) -> dict[str, np.ndarray]:
-    """½ Σ_r s_r² E[g²] a token of each column, the expectation taken over every token of the
-    vocabulary."""
+    """½ Σ_r s_r² E[g²] a token of each column, g of each token that passed, the expectation taken
+    over every token of the vocabulary."""
     owners = [t for t in targets if not t.tied_to]
     spread = {}
     for target in owners:
-        weight = model.get_submodule(target.name).weight.detach()
-        axis = 0 if target.kind == "conv1d" else 1
-        spread[target.name] = weight.square().mean(axis, keepdim=True)
+        weight = model.get_submodule(target.name).weight.detach().double()
+        spread[target.name] = weight.square().mean(0 if target.kind == "conv1d" else 1).numpy()
     model.requires_grad_(True)
+    by_tokens = TokenSquares(model, owners, spread)
     found = {t.name: np.zeros(t.shape[1]) for t in owners}
     for window in windows:
         scores = torch.log_softmax(model(input_ids=window[None], use_cache=False).logits[0], -1)
         for position in scores:
             for score in position:
-                model.zero_grad()
+                by_tokens.clear()
                 score.backward(retain_graph=True)
                 for target in owners:
-                    squares = model.get_submodule(target.name).weight.grad.square()
-                    columns = squares * spread[target.name] * score.detach().exp()
-                    axis = 1 if target.kind == "conv1d" else 0
-                    found[target.name] += columns.sum(axis).double().numpy()
+                    columns = by_tokens.columns(target.name) * float(score.detach().exp())
+                    found[target.name] += columns
     model.requires_grad_(False)
     return {name: 0.5 * value / windows.numel() for name, value in found.items()}
 
@@ -146,6 +188,7 @@ def test_workers_do_not_matter() -> None:
     model = tiny_model("llama").requires_grad_(False)
     targets, _ = walk(model, embeddings=True)
     windows = random_windows(50, 8, 0)
+    assert windows.shape == (DRAWN_PASSES, DRAWN_TOGETHER, 8)
     assert windows.min() >= 0 and windows.max() < 50
     found = []
     for workers in (1, 3):
