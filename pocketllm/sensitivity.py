@@ -29,13 +29,14 @@ from .memory import give_back
 from .planning import Harm
 from .weights import Weights
 
-# Windows of text that are looked at, and tokens of one at most: what a layer computes on a window
-# is kept until its gradients are known, by every thread.
+# Windows of text that are looked at.
 WINDOWS = 4
-LENGTH = 256
-# Windows drawn at random: how often so many pass together, and tokens of one. Far into a window of
-# such tokens predictions are like none of a text's.
-DRAWN_PASSES, DRAWN_TOGETHER, DRAWN_LENGTH = 4, 16, 16
+# Tokens of the pieces that are looked at, and how many of these pass together: what a layer
+# computes on them is kept until its gradients are known, by every thread. In longer pieces queries
+# and keys count for more than quantising them harms (docs/METHOD.md).
+LENGTH, TOGETHER = 16, 16
+# Passes of pieces drawn at random, where there is no text.
+DRAWN_PASSES = 4
 # Rows of a matrix that are read at a time.
 ROWS = 8192
 # Least harm, as a share of what a matrix of this size does on average: where these few tokens never
@@ -46,16 +47,19 @@ LEAST_OF_COLUMN = 1e-4
 
 
 def random_windows(vocabulary: int, longest: int, seed: int) -> torch.Tensor:
-    """int64 (DRAWN_PASSES, DRAWN_TOGETHER, DRAWN_LENGTH, or ``longest`` if that is less) token
-    numbers, drawn alike from the whole vocabulary."""
-    shape = DRAWN_PASSES, DRAWN_TOGETHER, min(DRAWN_LENGTH, longest)
+    """int64 (DRAWN_PASSES, TOGETHER, LENGTH, or ``longest`` if that is less) token numbers, drawn
+    alike from the whole vocabulary."""
+    shape = DRAWN_PASSES, TOGETHER, min(LENGTH, longest)
     return torch.from_numpy(np.random.default_rng([seed, 2]).integers(0, vocabulary, shape))
 
 
 def shortened(windows: torch.Tensor) -> torch.Tensor:
-    """The windows (n, length) cut into shorter ones (m, at most LENGTH); a rest is left out."""
+    """The windows (n, length) cut into pieces (passes, at most TOGETHER, at most LENGTH); rests are
+    left out."""
     length = min(LENGTH, windows.shape[1])
-    return windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    together = min(TOGETHER, len(pieces))
+    return pieces[: len(pieces) // together * together].view(-1, together, length)
 
 
 def sensitivities(

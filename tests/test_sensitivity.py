@@ -14,9 +14,9 @@ from pocketllm.calibrate import Calibrator
 from pocketllm.layout import Target, walk
 from pocketllm.sensitivity import (
     DRAWN_PASSES,
-    DRAWN_TOGETHER,
     LEAST,
     LENGTH,
+    TOGETHER,
     random_windows,
     sensitivities,
     shortened,
@@ -188,7 +188,7 @@ def test_workers_do_not_matter() -> None:
     model = tiny_model("llama").requires_grad_(False)
     targets, _ = walk(model, embeddings=True)
     windows = random_windows(50, 8, 0)
-    assert windows.shape == (DRAWN_PASSES, DRAWN_TOGETHER, 8)
+    assert windows.shape == (DRAWN_PASSES, TOGETHER, 8)
     assert windows.min() >= 0 and windows.max() < 50
     found = []
     for workers in (1, 3):
@@ -203,13 +203,18 @@ def test_workers_do_not_matter() -> None:
     assert all(harm.whole > 0 and harm.cost.min() > 0 for harm in found[0].values())
 
 
-@pytest.mark.parametrize(("length", "pieces", "kept"), [(512, 2, 256), (600, 2, 256), (40, 1, 40)])
-def test_windows_are_cut_into_shorter_ones(length: int, pieces: int, kept: int) -> None:
-    assert LENGTH == 256
-    windows = windows_of(3, length)
+@pytest.mark.parametrize(
+    ("count", "length", "shape"),
+    [(4, 512, (8, 16, 16)), (3, 120, (1, 16, 16)), (3, 40, (1, 6, 16)), (20, 9, (1, 16, 9))],
+)
+def test_windows_are_cut_into_pieces(count: int, length: int, shape: tuple[int, ...]) -> None:
+    assert (TOGETHER, LENGTH) == (16, 16)
+    windows = windows_of(count, length)
     cut = shortened(windows)
-    assert cut.shape == (3 * pieces, kept)
-    assert torch.equal(cut.view(3, pieces * kept), windows[:, : pieces * kept])
+    assert cut.shape == shape
+    size = min(LENGTH, length)
+    pieces = [w[i : i + size] for w in windows for i in range(0, length - size + 1, size)]
+    assert torch.equal(cut.flatten(0, 1), torch.stack(pieces[: shape[0] * shape[1]]))
 
 
 @pytest.mark.parametrize("exponent", [-100, 100])
