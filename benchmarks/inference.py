@@ -84,6 +84,14 @@ COLUMNS = [
 ]
 
 
+def aligned(payload: np.ndarray) -> np.ndarray:
+    """Where files have it: at a multiple of 64 bytes."""
+    room = np.empty(len(payload) + 63, np.uint8)
+    first = -room.ctypes.data % 64
+    room[first : first + len(payload)] = payload
+    return room[first : first + len(payload)]
+
+
 class Packed:
     """Copies of a random compressed matrix, used in turn."""
 
@@ -97,7 +105,7 @@ class Packed:
         self.codec, self.scale = view_of(codec, module, column_codes(module, random), scale)
         count = max(2, min(16, cold // size))
         self.turn = itertools.count()
-        self.copies = [random.integers(0, 256, size, dtype=np.uint8) for _ in range(count)]
+        self.copies = [aligned(random.integers(0, 256, size, dtype=np.uint8)) for _ in range(count)]
 
     def product(self, x: np.ndarray, activations: str) -> np.ndarray:
         """x times the next of the copies."""

@@ -17,7 +17,10 @@ enum { X_VECTORS = 1 + 8, ONE_BY_ONE = 3 };
 enum { X_VECTORS = 0, ONE_BY_ONE = 0 };
 #endif
 
-enum { TRELLIS_AHEAD = 4096 /* bytes of a plane between what is read of it and what is asked for: measured on AVX2 */ };
+enum { /* measured on AVX2 */
+    TRELLIS_AHEAD = 4096, /* bytes of a plane between what is read of it and what is asked for */
+    MOST_PARTED = 8192    /* bytes of rows that are taken together in parts */
+};
 
 /* Values of a span as laid out for the products, for tokens one by one or together. */
 static ptrdiff_t trellis_width(int one_by_one)
@@ -268,6 +271,7 @@ typedef struct {
     const int8_t *tables;
     const uint8_t *const *rows; /* trellis_history's, from the last of the DOT_TOGETHER on */
     const ptrdiff_t *start;
+    ptrdiff_t ahead;       /* bytes between what is read and what is asked for */
     int first, end, count; /* which; those from `count` on are the one before it again */
 } trellis_some_rows;
 
@@ -287,7 +291,7 @@ PLLM_INLINE void trellis_dot_spans(const trellis_some_rows *some, const trellis_
         for (ptrdiff_t s = 0; s < n; s++) {
             PLLM_UNROLL
             for (int p = 0; p < bits; p++)
-                ask_ahead(here[0] + s * SPAN_BYTES, some->start[p] + TRELLIS_AHEAD, 1);
+                ask_ahead(here[0] + s * SPAN_BYTES, some->start[p] + some->ahead, 1);
             products[s][r] = trellis_dot_span(some->tables, here, some->start, s * SPAN_BYTES,
                                               s < n - 1 ? MOST_STEPS : last_steps, bits, paired, x + s * width);
         }
@@ -348,12 +352,16 @@ static void trellis_dot(const trellis *t, ptrdiff_t row, ptrdiff_t count, const 
         trellis_history(t, row + r + here - 1, here, rows);
         for (ptrdiff_t first = 0; first < t->spans; first += SPANS_TOGETHER) {
             const ptrdiff_t n = smaller(SPANS_TOGETHER, t->spans - first);
+            /* Rows of several bits are read in parts, where they are taken together in turn. */
+            const ptrdiff_t parted = t->span[first].alike < n ? DOT_TOGETHER * t->start[0][PLLM_TRELLIS_BITS] : 0;
+            const int together = t->code->extra || parted > MOST_PARTED ? 1 : DOT_TOGETHER;
             row_products products[SPANS_TOGETHER];
             trellis_some_rows some = {.tables = t->one_token_table, .rows = rows, .count = (int)here};
+            some.ahead = TRELLIS_AHEAD + (together > 1 ? parted : 0);
             for (; some.first < DOT_TOGETHER; some.first = some.end) {
                 const ptrdiff_t at = row + r + smaller(some.first, here - 1);
-                const int more = t->code->extra ? pllm_trellis_more(t->code, at) : 0;
-                some.end = t->code->extra ? some.first + 1 : DOT_TOGETHER;
+                const int more = pllm_trellis_more(t->code, at);
+                some.end = some.first + together;
                 some.start = t->start[more];
                 trellis_dot_some(t, &some, more, first, n, token, products);
             }
