@@ -217,8 +217,9 @@ PLLM_INLINE ptrdiff_t trellis_steps(const trellis_span *s) { return (s->columns 
 
 /* ---- a step ------------------------------------------------------------------------------------ */
 
-/* The indices of TRELLIS_STEP columns: vector i of `low` has the lower four bits of those of bit i of each byte, and
- * above them those of bit i + 4; bit by bit the planes that are left; and of magnitudes the signs. */
+/* The indices of TRELLIS_STEP columns. low: bytes of vector i have the lower four bits of the index of their plane
+ * bytes' bit i, and above them those of bit i + 4.  plane: the index's, of which the others are looked at bit by bit.
+ * sign: the signs of magnitudes. */
 typedef struct {
     vb low[LOW_PLANES], plane[PLLM_TRELLIS_CODED + PLLM_TRELLIS_BITS], sign;
 } trellis_indices;
