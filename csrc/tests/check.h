@@ -47,6 +47,8 @@ float *new_normals(size_t count);
 int32_t *new_ints(size_t count);
 
 /* Do two arrays hold the same bits? */
+/* The largest of n values less than `reach` away from a place. */
+double peak_around(const double *value, int n, int at, int reach);
 int same_bits(const void *a, const void *b, size_t bytes);
 
 #endif

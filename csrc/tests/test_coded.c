@@ -19,26 +19,38 @@ typedef struct {
     pllm_trellis trellis;
     pllm_codec codec;
     pllm_matrix matrix;
-    double *dense; /* (out, in) */
+    ptrdiff_t *row_start, start[2][PLLM_TRELLIS_BITS]; /* of rows in the payload, of planes in rows */
+    double *dense;                                     /* (out, in) */
 } fixture;
+
+/* Bits that a row's weights have more than those of others. */
+static int more_bits(const fixture *f, int row) { return (row + 1) * f->c.extra / 4 - row * f->c.extra / 4; }
 
 /* Bits of the weight at a place. */
 static int bits_at(const fixture *f, int row, int at)
 {
     const int k = f->block_bits[at / PLLM_TRELLIS_BLOCK];
-    return k ? k + (row + 1) * f->c.extra / 4 - row * f->c.extra / 4 : 0;
+    return k ? k + more_bits(f, row) : 0;
+}
+
+/* Fills f->start, for rows without and with a bit more. */
+static void find_planes(fixture *f)
+{
+    for (int more = 0; more < 2; more++)
+        for (int p = 0; p + 1 < PLLM_TRELLIS_BITS; p++) {
+            int columns = 0;
+            for (int at = 0; at < f->c.in; at++) {
+                const int k = f->block_bits[at / PLLM_TRELLIS_BLOCK];
+                columns += k && k + more > p;
+            }
+            f->start[more][p + 1] = f->start[more][p] + (columns + 7) / 8;
+        }
 }
 
 /* Bit p of the weight at a place, from the payload. */
 static int plane_bit(const fixture *f, int row, int at, int p)
 {
-    ptrdiff_t start = pllm_trellis_offset(&f->trellis, f->c.in, row);
-    for (int q = 0; q < p; q++) {
-        int columns = 0;
-        while (columns < f->c.in && bits_at(f, row, columns) > q)
-            columns++;
-        start += (columns + 7) / 8;
-    }
+    const ptrdiff_t start = f->row_start[row] + f->start[more_bits(f, row)][p];
     return f->packed[start + at / 8] >> at % 8 & 1;
 }
 
@@ -105,6 +117,10 @@ static void fill_fixture(fixture *f, coded_case c, int most, int with_shift)
     }
     f->trellis = (pllm_trellis){f->block_bits, c.extra, f->magnitude, f->order, f->factor};
     const size_t bytes = (size_t)pllm_trellis_offset(&f->trellis, c.in, c.out);
+    f->row_start = new_bytes((size_t)c.out * sizeof *f->row_start);
+    for (int r = 0; r < c.out; r++)
+        f->row_start[r] = pllm_trellis_offset(&f->trellis, c.in, r);
+    find_planes(f);
     f->packed = new_bytes(bytes);
     for (size_t i = 0; i < bytes; i++)
         f->packed[i] = (uint8_t)random_bits();
@@ -124,8 +140,8 @@ static void fill_fixture(fixture *f, coded_case c, int most, int with_shift)
 
 static void free_fixture(fixture *f)
 {
-    void *const owned[] = {f->block_bits, f->packed, f->magnitude, f->order, f->factor,
-                           f->scale,      f->shift,  f->x,         f->bias,  f->dense};
+    void *const owned[] = {f->block_bits, f->packed, f->magnitude, f->order, f->factor,   f->scale,
+                           f->shift,      f->x,      f->bias,      f->dense, f->row_start};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
         free(owned[i]);
 }
@@ -145,13 +161,17 @@ static void check_rows(const pllm_kernels *k, const fixture *f)
     free(rows), free(last);
 }
 
-/* The largest magnitude among the columns stored less than `reach` away. */
-static double peak_around(const fixture *f, const float *x, int at, int reach)
+/* step (in) = how far each activation of a token, in stored order and times its factor, moves when it becomes an
+ * integer. */
+static void rounding_of(const fixture *f, const float *x, double *step)
 {
-    double peak = 0.0;
-    for (int i = at < reach ? 0 : at - reach + 1; i < f->c.in && i < at + reach; i++)
-        peak = fmax(peak, fabs((double)x[f->c.own ? f->order[i] : i] * (f->c.own ? (double)f->factor[i] : 1.0)));
-    return peak;
+    const int in = f->c.in;
+    double *size = new_bytes((size_t)in * sizeof *size);
+    for (int at = 0; at < in; at++)
+        size[at] = fabs((double)x[f->c.own ? f->order[at] : at] * (f->c.own ? (double)f->factor[at] : 1.0));
+    for (int at = 0; at < in; at++)
+        step[at] = peak_around(size, in, at, 32) / 253.0 + peak_around(size, in, at, 512) / 65000.0;
+    free(size);
 }
 
 static void check_products(const pllm_kernels *k, const fixture *f, enum pllm_activations form)
@@ -164,10 +184,9 @@ static void check_products(const pllm_kernels *k, const fixture *f, enum pllm_ac
     for (int t = 0; t < tokens; t++) {
         const float *const x = f->x + t * in;
         double *step = new_bytes((size_t)in * sizeof *step);
-        for (int at = 0; at < in; at++) /* of an activation, in units of its stored column */
-            step[at] = form == PLLM_ACTIVATIONS_FLOAT32
-                           ? 0.0
-                           : peak_around(f, x, at, 32) / 253.0 + peak_around(f, x, at, 512) / 65000.0;
+        memset(step, 0, (size_t)in * sizeof *step);
+        if (form == PLLM_ACTIVATIONS_INTEGER)
+            rounding_of(f, x, step);
         for (int r = 0; r < out; r++) {
             const double s = f->shift ? (double)f->shift[r] : 0.0;
             double sum = (double)f->bias[r], allowed = 1e-6 * fabs(sum);

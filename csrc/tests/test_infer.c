@@ -122,22 +122,18 @@ static void check_decode(const pllm_kernels *k, const fixture *f)
     free(rows), free(other), free(order), free(last);
 }
 
-/* The largest magnitude less than `reach` columns away. */
-static double peak_around(const float *x, int in, int column, int reach)
+/* step (in) = how far each activation of a token moves when it becomes an integer: half a step of its span's int16, or of
+ * its block's bytes, whose multiplier is rounded up to a whole one. */
+static void rounding_of(const infer_case *c, const float *x, double *step)
 {
-    double peak = 0.0;
-    for (int i = column < reach ? 0 : column - reach + 1; i < in && i < column + reach; i++)
-        peak = fmax(peak, fabs((double)x[i]));
-    return peak;
-}
-
-/* How far an activation moves when it becomes an integer: half a step of its span's int16, or of its block's bytes,
- * whose multiplier is rounded up to a whole one. */
-static double rounding_of(const infer_case *c, const float *x, int column)
-{
-    const double span = peak_around(x, c->in, column, 512) / 65000.0;
     const int bytes = c->bits <= 8 && (c->d <= 2 || c->d == 4);
-    return bytes ? peak_around(x, c->in, column, 32) / 253.0 + span : span;
+    double *size = new_bytes((size_t)c->in * sizeof *size);
+    for (int i = 0; i < c->in; i++)
+        size[i] = fabs((double)x[i]);
+    for (int i = 0; i < c->in; i++)
+        step[i] = peak_around(size, c->in, i, 512) / 65000.0 +
+                  (bytes ? peak_around(size, c->in, i, 32) / 253.0 : 0.0);
+    free(size);
 }
 
 /* bfloat16 in and out: what its values give as float32, rounded. */
@@ -169,8 +165,9 @@ static void check_matmul(const pllm_kernels *k, const fixture *f, enum pllm_acti
     CHECK(status == PLLM_OK, "matmul returned %d", status);
     for (int t = 0; t < c.tokens; t++) {
         double *step = new_bytes((size_t)c.in * sizeof *step);
-        for (int i = 0; i < c.in; i++)
-            step[i] = rounded ? rounding_of(&c, f->x + t * c.in, i) : 0.0;
+        memset(step, 0, (size_t)c.in * sizeof *step);
+        if (rounded)
+            rounding_of(&c, f->x + t * c.in, step);
         for (int r = 0; r < c.out; r++) {
             double sum = (double)f->bias[r], allowed = 1e-6 * fabs(sum);
             for (int i = 0; i < c.in; i++) {

@@ -69,6 +69,14 @@ float *new_normals(size_t count)
     return p;
 }
 
+double peak_around(const double *value, int n, int at, int reach)
+{
+    double peak = 0.0;
+    for (int i = at < reach ? 0 : at - reach + 1; i < n && i < at + reach; i++)
+        peak = value[i] > peak ? value[i] : peak;
+    return peak;
+}
+
 int same_bits(const void *a, const void *b, size_t bytes)
 {
     return bytes == 0 || memcmp(a, b, bytes) == 0;
