@@ -354,7 +354,7 @@ static int multiply(const pllm_product *p, enum pllm_activations activations, in
     if (p->n == 0 || p->w->out_features == 0)
         return PLLM_OK;
     if (is_integer(p, activations))
-        return PLLM_SYM(infer_multiply_integer)(p, in_tiles, threads);
+        return PLLM_SYM(infer_multiply_integer)(p, 1, in_tiles, threads);
     return p->n <= DOT_TOKENS ? multiply_few(p, threads) : multiply_many(p, threads);
 }
 
@@ -364,7 +364,7 @@ int PLLM_SYM(infer_multiply)(const pllm_product *p, int count, enum pllm_activat
     for (int i = 0; i < count; i++)
         together = together && p[i].n > 0 && p[i].w->out_features > 0 && is_integer(p + i, activations);
     if (together)
-        return PLLM_SYM(infer_multiply_together)(p, count, threads);
+        return PLLM_SYM(infer_multiply_integer)(p, count, 0, threads);
     for (int i = 0; i < count && status == PLLM_OK; i++)
         status = multiply(p + i, activations, 0, threads);
     return status;

@@ -84,12 +84,10 @@ static inline void sum_tokens(const pllm_product *p, float *x_sum, int threads)
     }
 }
 
-/* The product with activations as integers (infer_int.c). The table must be int8 and without decoder.
- * in_tiles: whether the tile registers of AMX may be used, where the instruction set knows them. */
-int PLLM_SYM(infer_multiply_integer)(const pllm_product *p, int in_tiles, int threads);
-
-/* The same of up to INFER_TOGETHER products without tiles. Those of single tokens are one parallel loop. */
-int PLLM_SYM(infer_multiply_together)(const pllm_product *p, int count, int threads);
+/* Up to INFER_TOGETHER products with activations as integers (infer_int.c); those of single tokens are one parallel loop.
+ * Tables must be int8 and without decoder. in_tiles: whether the tile registers of AMX may be used, where the
+ * instruction set knows them. */
+int PLLM_SYM(infer_multiply_integer)(const pllm_product *p, int count, int in_tiles, int threads);
 
 /* Several products, in whatever form (infer.c). */
 int PLLM_SYM(infer_multiply)(const pllm_product *p, int count, enum pllm_activations activations, int threads);

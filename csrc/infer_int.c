@@ -459,25 +459,15 @@ static int multiply_view(const view *v, int threads)
     return multiply_several(v, threads);
 }
 
-int PLLM_SYM(infer_multiply_integer)(const pllm_product *p, int in_tiles, int threads)
-{
-    view v;
-    const int used = threads_for(p, 1, threads);
-    char *const memory = open_view(&v, p, in_tiles, used);
-    const int status = memory ? multiply_view(&v, used) : PLLM_ENOMEM;
-    free(memory);
-    return status;
-}
-
-int PLLM_SYM(infer_multiply_together)(const pllm_product *p, int count, int threads)
+int PLLM_SYM(infer_multiply_integer)(const pllm_product *p, int count, int in_tiles, int threads)
 {
     view v[INFER_TOGETHER];
     char *memory[INFER_TOGETHER];
     const int used = threads_for(p, count, threads);
     int status = PLLM_OK, one_by_one = 1;
-#pragma omp parallel for num_threads(used) schedule(static, 1) if (used > 1)
+#pragma omp parallel for num_threads(used) schedule(static, 1) if (used > 1 && count > 1)
     for (int i = 0; i < count; i++)
-        memory[i] = open_view(v + i, p + i, 0, 1);
+        memory[i] = open_view(v + i, p + i, in_tiles, count > 1 ? 1 : used);
     for (int i = 0; i < count; i++) {
         status = memory[i] ? status : PLLM_ENOMEM;
         one_by_one = one_by_one && memory[i] && v[i].one_by_one;
