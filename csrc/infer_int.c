@@ -18,7 +18,6 @@ enum {
     FEW_TOKENS = 6,           /* that do not fill a panel; no more are taken one by one */
     TILE_ROWS_FEW = 16,       /* rows decoded at a time for them: half of a first-level cache */
     ROWS_ALONE = 64,          /* that a single token takes at a time; a multiple of every DOT_TOGETHER */
-    TURNS = 8,                /* about so many times a thread takes some, which lie one after another */
     TOKEN_BLOCK = 512,        /* tokens per pass over the matrix; a multiple of every WIDE */
     LARGEST_BYTE = 127,       /* of an activation, either sign */
     LARGEST_MULTIPLIER = 257, /* of a block of them */
@@ -272,20 +271,37 @@ static void multiply_strip_of(const view *v, ptrdiff_t i)
     multiply_strip(v, i);
 }
 
-/* The products of `count` matrices. */
-static void multiply_one_by_one(const view *v, int count, int threads)
+/* Strips that lie one after another, of which a thread takes the next. */
+typedef struct {
+    _Alignas(64) ptrdiff_t next, end;
+} strip_range;
+
+/* The products of `count` matrices. Each thread reads a part of them from front to back; one that has no more helps
+ * another. */
+static int multiply_one_by_one(const view *v, int count, int threads)
 {
+    strip_range *const part = pllm_alloc((size_t)threads * sizeof *part);
     ptrdiff_t strips = 0;
+    if (!part)
+        return PLLM_ENOMEM;
     for (int i = 0; i < count; i++)
         strips += strips_of(v + i);
-    /* Turns of several strips as long as each thread gets another, then single ones: threads end together. */
-    const ptrdiff_t turn = 1 + strips / (TURNS * threads), turns = larger(0, strips / turn - threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (ptrdiff_t t = 0; t < strips - turns * (turn - 1); t++) {
-        const ptrdiff_t first = t < turns ? t * turn : t + turns * (turn - 1);
-        for (ptrdiff_t i = first; i < (t < turns ? first + turn : first + 1); i++)
-            multiply_strip_of(v, i);
+    for (int t = 0; t < threads; t++)
+        part[t] = (strip_range){strips * t / threads, strips * (t + 1) / threads};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int i = 0; i < threads; i++) {
+        strip_range *const from = part + (omp_get_thread_num() + i) % threads;
+        for (;;) {
+            ptrdiff_t strip;
+#pragma omp atomic capture
+            strip = from->next++;
+            if (strip >= from->end)
+                break;
+            multiply_strip_of(v, strip);
+        }
     }
+    free(part);
+    return PLLM_OK;
 }
 
 /* ---- several tokens -------------------------------------------------------------------------- */
@@ -448,10 +464,8 @@ static int threads_for(const pllm_product *p, int count, int threads)
 
 static int multiply_view(const view *v, int threads)
 {
-    if (v->one_by_one) {
-        multiply_one_by_one(v, 1, threads);
-        return PLLM_OK;
-    }
+    if (v->one_by_one)
+        return multiply_one_by_one(v, 1, threads);
 #if defined(PLLM_ISA_AVX512)
     if (v->in_tiles)
         return multiply_in_tiles(v, threads);
@@ -473,7 +487,7 @@ int PLLM_SYM(infer_multiply_integer)(const pllm_product *p, int count, int in_ti
         one_by_one = one_by_one && memory[i] && v[i].one_by_one;
     }
     if (one_by_one)
-        multiply_one_by_one(v, count, used);
+        status = multiply_one_by_one(v, count, used);
     else
         for (int i = 0; i < count && status == PLLM_OK; i++)
             status = multiply_view(v + i, used);
