@@ -58,7 +58,7 @@ sanitizers = LD_PRELOAD=$$(gcc -print-file-name=libasan.so) PYTHONMALLOC=malloc 
 
 # Every benchmark that needs no model or text of one's own, with figures as JSON in build/bench.
 # QUICK=--quick only shows that they run.
-benchmarks := $(filter-out common memory quality,$(basename $(notdir $(wildcard benchmarks/*.py))))
+benchmarks := $(filter-out common llamacpp memory quality,$(basename $(notdir $(wildcard benchmarks/*.py))))
 bench:
 	mkdir -p build/bench
 	for name in $(benchmarks); do echo "==> $$name"; \

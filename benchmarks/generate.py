@@ -15,6 +15,7 @@ are processor time, else wall time. Each token is timed on its own, from 4 token
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import tempfile
@@ -24,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import llamacpp
 import numpy as np
 import torch
 from common import Shape, column_codes, llama_config, parse_shape
@@ -128,64 +130,16 @@ def generation(model: nn.Module, prompt: torch.Tensor, new: int, clock: Clock) -
 
 
 def llama_cpp(folder: Path, dense: nn.Module, kinds: list[str]) -> dict[str, Any]:
-    """Models for llama.cpp, quantised from the same weights; empty without llama_cpp and gguf."""
-    try:
-        import gguf
-        import llama_cpp as library
-    except ImportError:
-        print("llama_cpp or gguf is not installed: no comparison with llama.cpp")
+    """Models for llama.cpp, quantised from the same weights; empty without its packages."""
+    if not kinds or not llamacpp.is_installed():
         return {}
-    config, source = dense.config, folder / "dense.gguf"
-    writer = gguf.GGUFWriter(source, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(1)
-    writer.add_tokenizer_model("llama")
-    tokens = [b"<unk>", b"<s>", b"</s>", *(b"t%d" % i for i in range(3, config.vocab_size))]
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types([2, 3, 3, *[1] * (len(tokens) - 3)])
-    parts = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    names = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    for name, tensor in dense.state_dict().items():
-        short = names.get(name)
-        if short is None:
-            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-            short = f"blk.{layer}.{parts[part]}.weight"
-        kind = np.float32 if tensor.dim() == 1 else np.float16
-        writer.add_tensor(short, tensor.float().numpy().astype(kind))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    library = importlib.import_module("llama_cpp")
+    source = folder / "dense.gguf"
+    llamacpp.write_gguf(source, dense)
     models = {}
     for kind in kinds:
         target = folder / f"{kind}.gguf"
-        options = library.llama_model_quantize_default_params()
-        options.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        status = library.llama_model_quantize(str(source).encode(), str(target).encode(), options)
-        assert status == 0, f"llama.cpp could not quantise to {kind}"
+        llamacpp.quantise_gguf(source, target, kind)
         models[f"llama.cpp {kind}"] = library.Llama(
             str(target),
             n_ctx=2048,
@@ -250,7 +204,7 @@ def main() -> None:
         decoder_layer.uninstall(by_operators)
         size = sum(f.stat().st_size for f in packed.glob("*.safetensors"))
         kinds = [k for k in options.llama_cpp.split(",") if k]
-        others = llama_cpp(Path(folder), dense, kinds) if kinds else {}
+        others = llama_cpp(Path(folder), dense, kinds)
         prompt = torch.randint(3, config.vocab_size, (1, prompt_length))
         short = prompt[:, :4]
         runs = {

@@ -1,12 +1,15 @@
 """Quality at a given size: plain k-means, the published codec, codebooks and trellis codes.
 
-    python benchmarks/quality.py --model MODEL --text FILE [--calibration FILE] [--json FILE]
+    python benchmarks/quality.py --model MODEL --text FILE [--calibration FILE]
+                                 [--llama-cpp Q4_K_M Q2_K] [--json FILE]
 
 Every row is measured through the real path: compressed to a folder, loaded from it, compared with
 the dense model. Each number of bits is met with trellis codes, the default, and with codebooks,
 without and with calibration. The k-means rows are plain vector quantisation of the same sub-vector
 length and codebook size as a preset's, without and with a scale a row; their bits count indices,
-codebook and scales as ours do. docs/METHOD.md holds the table for the reference model.
+codebook and scales as ours do. So do those of the kinds that llama.cpp quantises to, here without
+importance matrix: their weights as float32 in the dense model. docs/METHOD.md holds the table for
+the reference model.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import llamacpp
 import numpy as np
 import torch
 
@@ -58,6 +63,26 @@ def kmeans_model(model: torch.nn.Module, shape: Shape, *, row_scale: bool, seed:
     return bits / sum(t.weights for t in targets)
 
 
+def llama_cpp_models(
+    path: Path, kinds: list[str]
+) -> Iterator[tuple[str, float, torch.nn.Module, float]]:
+    """What llama.cpp makes of a Llama's decoder matrices, of each kind: name, bits per weight, the
+    dense model with their values, seconds of quantising."""
+    if not kinds or not llamacpp.is_installed():
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch, "dense.gguf"), Path(scratch, "quantised.gguf")
+        model = load_model(path).float()
+        targets, _ = walk(model, embeddings=False)
+        llamacpp.write_gguf(source, model)
+        for kind in kinds:
+            start = time.perf_counter()
+            llamacpp.quantise_gguf(source, target, kind)
+            seconds = time.perf_counter() - start
+            bits = llamacpp.take_weights(model, [t.name for t in targets], target)
+            yield f"llama.cpp {kind}", bits, model, seconds
+
+
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows of the table."""
     tokenizer = load_tokenizer(arguments.model)
@@ -86,6 +111,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             bits = kmeans_model(model, Shape(d, codewords), row_scale=row_scale, seed=0)
             label = f"k-means{' + row scale' if row_scale else ''}, d={d} K={codewords}"
             add(label, bits, model, time.perf_counter() - start)
+    for row in llama_cpp_models(arguments.model, arguments.llama_cpp):
+        add(*row)
     configs = [(f"preset {p}", PocketConfig.preset(p)) for p in arguments.preset]
     calibrations = {"": None}
     if arguments.calibration:
@@ -117,6 +144,7 @@ def main() -> None:
     parser.add_argument("--preset", nargs="*", default=["paper-16x"])
     parser.add_argument("--bits", type=float, nargs="*", default=[2.0, 3.0, 4.0])
     parser.add_argument("--codec", nargs="*", choices=list(CODECS), default=list(CODECS))
+    parser.add_argument("--llama-cpp", nargs="*", default=[], metavar="KIND", help="as in Q4_K_M")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     print(show_config(), f"torch {torch.__version__}", sep="; ")
