@@ -2,7 +2,6 @@
 #include "coder.h"
 
 static const float norm_eps = 1e-5f;
-static const float ones[CODER_LANES] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 static ptrdiff_t ceil_div(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 
@@ -57,13 +56,75 @@ float *PLLM_SYM(coder_scratch_place)(const coder_plan *p, float *memory, coder_s
     return memory;
 }
 
+/* A block of d channels to and from rows of d values, each taken apart into halves: d = 4 and 8, for which compilers find
+ * nothing as short. step: between channels. */
+static void take_apart(const float *restrict pairs, int n, float *restrict even, float *restrict odd)
+{
+    for (int i = 0; i < n; i++) {
+        even[i] = pairs[2 * i];
+        odd[i] = pairs[2 * i + 1];
+    }
+}
+
+static void put_together(const float *restrict even, const float *restrict odd, int n, float *restrict pairs)
+{
+    for (int i = 0; i < n; i++) {
+        pairs[2 * i] = even[i];
+        pairs[2 * i + 1] = odd[i];
+    }
+}
+
+static void block_of_four(const float *rows, ptrdiff_t step, float *block)
+{
+    float even[2 * CODER_LANES], odd[2 * CODER_LANES];
+    take_apart(rows, 2 * CODER_LANES, even, odd);
+    take_apart(even, CODER_LANES, block, block + 2 * step);
+    take_apart(odd, CODER_LANES, block + step, block + 3 * step);
+}
+
+static void rows_of_four(const float *block, ptrdiff_t step, float *rows)
+{
+    float even[2 * CODER_LANES], odd[2 * CODER_LANES];
+    put_together(block, block + 2 * step, CODER_LANES, even);
+    put_together(block + step, block + 3 * step, CODER_LANES, odd);
+    put_together(even, odd, 2 * CODER_LANES, rows);
+}
+
+PLLM_INLINE void block_of(int d, const float *rows, float *block)
+{
+    float even[4 * CODER_LANES], odd[4 * CODER_LANES];
+    if (d == 4)
+        block_of_four(rows, CODER_LANES, block);
+    else if (d == 8) {
+        take_apart(rows, 4 * CODER_LANES, even, odd);
+        block_of_four(even, 2 * CODER_LANES, block);
+        block_of_four(odd, 2 * CODER_LANES, block + CODER_LANES);
+    } else
+        for (int c = 0; c < d; c++)
+            for (int lane = 0; lane < CODER_LANES; lane++)
+                block[c * CODER_LANES + lane] = rows[lane * d + c];
+}
+
+PLLM_INLINE void rows_of(int d, const float *block, float *rows)
+{
+    float even[4 * CODER_LANES], odd[4 * CODER_LANES];
+    if (d == 4)
+        rows_of_four(block, CODER_LANES, rows);
+    else if (d == 8) {
+        rows_of_four(block, 2 * CODER_LANES, even);
+        rows_of_four(block + CODER_LANES, 2 * CODER_LANES, odd);
+        put_together(even, odd, 4 * CODER_LANES, rows);
+    } else
+        for (int lane = 0; lane < CODER_LANES; lane++)
+            for (int c = 0; c < d; c++)
+                rows[lane * d + c] = block[c * CODER_LANES + lane];
+}
+
 PLLM_INLINE void rows_to_blocks(int d, const float *rows, ptrdiff_t count, float *blocks)
 {
     ptrdiff_t whole = count / CODER_LANES * CODER_LANES;
     for (ptrdiff_t i = 0; i < whole; i += CODER_LANES, blocks += d * CODER_LANES, rows += d * CODER_LANES)
-        for (int c = 0; c < d; c++)
-            for (int lane = 0; lane < CODER_LANES; lane++)
-                blocks[c * CODER_LANES + lane] = rows[lane * d + c];
+        block_of(d, rows, blocks);
     if (whole == count)
         return;
     memset(blocks, 0, (size_t)d * CODER_LANES * sizeof *blocks);
@@ -75,9 +136,7 @@ PLLM_INLINE void rows_to_blocks(int d, const float *rows, ptrdiff_t count, float
 PLLM_INLINE void blocks_to_rows(int d, const float *blocks, ptrdiff_t count, float *rows)
 {
     for (; count >= CODER_LANES; count -= CODER_LANES, blocks += d * CODER_LANES, rows += d * CODER_LANES)
-        for (int lane = 0; lane < CODER_LANES; lane++)
-            for (int c = 0; c < d; c++)
-                rows[lane * d + c] = blocks[c * CODER_LANES + lane];
+        rows_of(d, blocks, rows);
     for (ptrdiff_t lane = 0; lane < count; lane++)
         for (int c = 0; c < d; c++)
             rows[lane * d + c] = blocks[c * CODER_LANES + lane];
@@ -120,56 +179,79 @@ static vf16 inverse_root16(vf16 variance)
     return variance;
 }
 
+/* Sums that are made side by side, so that none waits for the one before it. */
+enum { NORM_SUMS = 4 };
+
+PLLM_INLINE vf16 sum_of(const vf16 *sum)
+{
+    return vf16_add(vf16_add(sum[0], sum[1]), vf16_add(sum[2], sum[3]));
+}
+
 static void row_norm(int d, ptrdiff_t count, const float *in, float *out, float *inverse)
 {
-    ptrdiff_t blocks = ceil_div(count, CODER_LANES);
+    const ptrdiff_t blocks = ceil_div(count, CODER_LANES), whole = (blocks - 1) * d, all = blocks * d;
     float last[CODER_LANES], size = (float)(count * d);
     tail_mask(count, last);
-    vf16 sum = vf16_zero(), square = vf16_zero();
-    for (ptrdiff_t b = 0; b < blocks; b++) {
-        vf16 mask = vf16_load(b + 1 < blocks ? ones : last);
-        for (int c = 0; c < d; c++)
-            sum = vf16_fma(vf16_load(in + (b * d + c) * CODER_LANES), mask, sum);
+    const vf16 mask = vf16_load(last);
+    vf16 sum[NORM_SUMS], square[NORM_SUMS];
+    for (int k = 0; k < NORM_SUMS; k++)
+        sum[k] = square[k] = vf16_zero();
+    ptrdiff_t i = 0;
+    for (; i + NORM_SUMS <= whole; i += NORM_SUMS) {
+        PLLM_UNROLL
+        for (int k = 0; k < NORM_SUMS; k++)
+            sum[k] = vf16_add(sum[k], vf16_load(in + (i + k) * CODER_LANES));
     }
-    vf16 mean = vf16_set1(vf16_sum(sum) / size);
-    for (ptrdiff_t b = 0; b < blocks; b++) {
-        vf16 mask = vf16_load(b + 1 < blocks ? ones : last);
-        for (int c = 0; c < d; c++) {
-            vf16 centred = sub16(vf16_load(in + (b * d + c) * CODER_LANES), mean);
-            square = vf16_fma(vf16_mul(centred, mask), centred, square);
+    for (; i < all; i++)
+        sum[0] = vf16_fma(vf16_load(in + i * CODER_LANES), i < whole ? vf16_set1(1.0f) : mask, sum[0]);
+    const vf16 mean = vf16_set1(vf16_sum(sum_of(sum)) / size);
+    for (i = 0; i + NORM_SUMS <= whole; i += NORM_SUMS) {
+        PLLM_UNROLL
+        for (int k = 0; k < NORM_SUMS; k++) {
+            const vf16 centred = sub16(vf16_load(in + (i + k) * CODER_LANES), mean);
+            square[k] = vf16_fma(centred, centred, square[k]);
         }
     }
-    vf16 scale = inverse_root16(vf16_set1(vf16_sum(square) / size));
-    for (ptrdiff_t i = 0; i < blocks * d; i++)
-        vf16_store(out + i * CODER_LANES,
-                   vf16_mul(sub16(vf16_load(in + i * CODER_LANES), mean), scale));
+    for (; i < all; i++) {
+        const vf16 centred = sub16(vf16_load(in + i * CODER_LANES), mean);
+        square[0] = vf16_fma(i < whole ? centred : vf16_mul(centred, mask), centred, square[0]);
+    }
+    const vf16 scale = inverse_root16(vf16_set1(vf16_sum(sum_of(square)) / size));
+    for (i = 0; i < all; i++)
+        vf16_store(out + i * CODER_LANES, vf16_mul(sub16(vf16_load(in + i * CODER_LANES), mean), scale));
     vf16_store(inverse, scale);
 }
 
 static void row_norm_backward(int d, ptrdiff_t count, const float *out, const float *inverse,
                               float *grad)
 {
-    ptrdiff_t blocks = ceil_div(count, CODER_LANES);
+    const ptrdiff_t blocks = ceil_div(count, CODER_LANES), whole = (blocks - 1) * d, all = blocks * d;
     float last[CODER_LANES], size = (float)(count * d);
     tail_mask(count, last);
-    vf16 sum = vf16_zero(), product = vf16_zero(), scale = vf16_load(inverse);
-    for (ptrdiff_t b = 0; b < blocks; b++) {
-        vf16 mask = vf16_load(b + 1 < blocks ? ones : last);
-        for (ptrdiff_t i = b * d; i < (b + 1) * d; i++) {
-            vf16 g = vf16_mul(vf16_load(grad + i * CODER_LANES), mask);
-            sum = vf16_add(sum, g);
-            product = vf16_fma(g, vf16_load(out + i * CODER_LANES), product);
+    const vf16 mask = vf16_load(last), scale = vf16_load(inverse);
+    vf16 sum[NORM_SUMS], product[NORM_SUMS];
+    for (int k = 0; k < NORM_SUMS; k++)
+        sum[k] = product[k] = vf16_zero();
+    ptrdiff_t i = 0;
+    for (; i + NORM_SUMS <= whole; i += NORM_SUMS) {
+        PLLM_UNROLL
+        for (int k = 0; k < NORM_SUMS; k++) {
+            const vf16 g = vf16_load(grad + (i + k) * CODER_LANES);
+            sum[k] = vf16_add(sum[k], g);
+            product[k] = vf16_fma(g, vf16_load(out + (i + k) * CODER_LANES), product[k]);
         }
     }
-    vf16 mean = vf16_set1(vf16_sum(sum) / size);
-    vf16 slope = vf16_set1(-vf16_sum(product) / size);
-    for (ptrdiff_t b = 0; b < blocks; b++) {
-        vf16 mask = vf16_mul(vf16_load(b + 1 < blocks ? ones : last), scale);
-        for (ptrdiff_t i = b * d; i < (b + 1) * d; i++) {
-            vf16 g = sub16(vf16_load(grad + i * CODER_LANES), mean);
-            g = vf16_fma(slope, vf16_load(out + i * CODER_LANES), g);
-            vf16_store(grad + i * CODER_LANES, vf16_mul(g, mask));
-        }
+    for (; i < all; i++) {
+        const vf16 value = vf16_load(grad + i * CODER_LANES), g = i < whole ? value : vf16_mul(value, mask);
+        sum[0] = vf16_add(sum[0], g);
+        product[0] = vf16_fma(g, vf16_load(out + i * CODER_LANES), product[0]);
+    }
+    const vf16 mean = vf16_set1(vf16_sum(sum_of(sum)) / size);
+    const vf16 slope = vf16_set1(-vf16_sum(sum_of(product)) / size), last_scale = vf16_mul(mask, scale);
+    for (i = 0; i < all; i++) {
+        vf16 g = sub16(vf16_load(grad + i * CODER_LANES), mean);
+        g = vf16_fma(slope, vf16_load(out + i * CODER_LANES), g);
+        vf16_store(grad + i * CODER_LANES, vf16_mul(g, i < whole ? scale : last_scale));
     }
 }
 
