@@ -75,7 +75,6 @@ pllm_matmul_fn pllm_matmul_amx;
 
 static inline ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t step) { return (n + step - 1) / step * step; }
 static inline ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-static inline ptrdiff_t larger(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 
 /* 64 bits from p, first byte lowest. */
 PLLM_INLINE uint64_t pllm_load_word(const uint8_t *p)

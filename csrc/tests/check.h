@@ -47,8 +47,11 @@ float *new_normals(size_t count);
 int32_t *new_ints(size_t count);
 
 /* Do two arrays hold the same bits? */
-/* The largest of n values less than `reach` away from a place. */
-double peak_around(const double *value, int n, int at, int reach);
 int same_bits(const void *a, const void *b, size_t bytes);
+
+/* step (n) = how far activations of these magnitudes, in the order in which they are multiplied, move when they become
+ * integers: half a step of their span's int16 and, as bytes, of their block's, whose multiplier is rounded up to a whole
+ * one. */
+void rounding_steps(const double *size, int n, int bytes, double *step);
 
 #endif

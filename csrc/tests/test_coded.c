@@ -169,8 +169,7 @@ static void rounding_of(const fixture *f, const float *x, double *step)
     double *size = new_bytes((size_t)in * sizeof *size);
     for (int at = 0; at < in; at++)
         size[at] = fabs((double)x[f->c.own ? f->order[at] : at] * (f->c.own ? (double)f->factor[at] : 1.0));
-    for (int at = 0; at < in; at++)
-        step[at] = peak_around(size, in, at, 32) / 253.0 + peak_around(size, in, at, 512) / 65000.0;
+    rounding_steps(size, in, 1, step);
     free(size);
 }
 

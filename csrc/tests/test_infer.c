@@ -122,17 +122,14 @@ static void check_decode(const pllm_kernels *k, const fixture *f)
     free(rows), free(other), free(order), free(last);
 }
 
-/* step (in) = how far each activation of a token moves when it becomes an integer: half a step of its span's int16, or of
- * its block's bytes, whose multiplier is rounded up to a whole one. */
+/* step (in) = how far each activation of a token moves when it becomes an integer. */
 static void rounding_of(const infer_case *c, const float *x, double *step)
 {
     const int bytes = c->bits <= 8 && (c->d <= 2 || c->d == 4);
     double *size = new_bytes((size_t)c->in * sizeof *size);
     for (int i = 0; i < c->in; i++)
         size[i] = fabs((double)x[i]);
-    for (int i = 0; i < c->in; i++)
-        step[i] = peak_around(size, c->in, i, 512) / 65000.0 +
-                  (bytes ? peak_around(size, c->in, i, 32) / 253.0 : 0.0);
+    rounding_steps(size, c->in, bytes, step);
     free(size);
 }
 
