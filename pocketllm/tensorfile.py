@@ -365,8 +365,9 @@ def _crc32(name: str, dtype: str, shape: Iterable[int], parts: Iterable[memoryvi
 def split_shards(tensors: Mapping[str, TensorSource], limit: int) -> list[list[str]]:
     """Names a file, in storage order: a file's data stays within ``limit`` bytes, or is one tensor.
 
-    Files are filled in the order of natural names; inside a file wide types come first, so that
-    every tensor is aligned to its element.
+    Files are filled in the order of natural names. Inside a file tensors of a multiple of
+    ``ALIGNMENT`` bytes come first, so that each of them is aligned to that: kernels read those in
+    whole cache lines. Wide types come first among the others, each aligned to its element.
     """
     shards: list[list[str]] = [[]]
     used = 0
@@ -378,7 +379,13 @@ def split_shards(tensors: Mapping[str, TensorSource], limit: int) -> list[list[s
         shards[-1].append(name)
         used += size
     for shard in shards:
-        shard.sort(key=lambda name: (-DTYPES[tensors[name].dtype][0], _natural(name)))
+        shard.sort(
+            key=lambda name: (
+                tensor_bytes(tensors[name]) % ALIGNMENT > 0,
+                -DTYPES[tensors[name].dtype][0],
+                _natural(name),
+            )
+        )
     return shards
 
 

@@ -206,8 +206,11 @@ def test_files_of_the_source_are_taken_over(tmp_path: Path) -> None:
 
 
 def test_tensors_are_aligned(folder: Path) -> None:
-    for tensor in open_checkpoint(folder).tensors.values():
-        assert tensor.start % tensor.array().itemsize == 0
+    """Whole cache lines to cache lines, whatever stands beside them; all others to elements."""
+    starts = [(t.start, t.array()) for t in open_checkpoint(folder).tensors.values()]
+    lines = [start for start, array in starts if array.nbytes % 64 == 0]
+    assert 0 < len(lines) < len(starts) and all(start % 64 == 0 for start in lines)
+    assert all(start % array.itemsize == 0 for start, array in starts)
 
 
 def test_bfloat16_rounds_like_torch() -> None:
@@ -448,13 +451,11 @@ def test_missing_compressed_tensor(folder: Path, name: str) -> None:
 
 def test_missing_dense_tensor(folder: Path) -> None:
     def change(header: dict[str, Any], data: bytearray) -> Any:
-        first, last = header["counter"]["data_offsets"]
-        assert first == 0
-        del header["counter"]
-        del data[:last]
+        first, last = header.pop("counter")["data_offsets"]
+        del data[first:last]
         for name, entry in header.items():
-            if name != "__metadata__":
-                entry["data_offsets"] = [n - last for n in entry["data_offsets"]]
+            if name != "__metadata__" and entry["data_offsets"][0] >= last:
+                entry["data_offsets"] = [n - (last - first) for n in entry["data_offsets"]]
         return header, data
 
     rewrite(folder, change)
