@@ -18,7 +18,7 @@ enum { X_VECTORS = 0, ONE_BY_ONE = 0 };
 #endif
 
 enum { /* measured on AVX2 */
-    TRELLIS_AHEAD = 4096, /* bytes of a plane between what is read of it and what is asked for */
+    TRELLIS_AHEAD = 4096, /* bytes between what is read of a plane and what is asked for, of rows that are no longer */
     MOST_PARTED = 8192    /* bytes of rows that are taken together in parts */
 };
 
@@ -275,6 +275,15 @@ typedef struct {
     int first, end, count; /* which; those from `count` on are the one before it again */
 } trellis_some_rows;
 
+PLLM_INLINE void ask_for_planes(const uint8_t *source, ptrdiff_t ahead)
+{
+#if defined(PLLM_ISA_AVX2)
+    ask_far_ahead(source, ahead, 1);
+#else
+    ask_ahead(source, ahead, 1);
+#endif
+}
+
 /* products (n) of rows with a token's spans, all of the same bits. x: of the first. */
 PLLM_INLINE void trellis_dot_spans(const trellis_some_rows *some, const trellis_span *span, ptrdiff_t n,
                                    const int bits, const int paired, const int16_t *x, ptrdiff_t width,
@@ -291,7 +300,7 @@ PLLM_INLINE void trellis_dot_spans(const trellis_some_rows *some, const trellis_
         for (ptrdiff_t s = 0; s < n; s++) {
             PLLM_UNROLL
             for (int p = 0; p < bits; p++)
-                ask_ahead(here[0] + s * SPAN_BYTES, some->start[p] + some->ahead, 1);
+                ask_for_planes(here[0] + s * SPAN_BYTES, some->start[p] + some->ahead);
             products[s][r] = trellis_dot_span(some->tables, here, some->start, s * SPAN_BYTES,
                                               s < n - 1 ? MOST_STEPS : last_steps, bits, paired, x + s * width);
         }
@@ -345,6 +354,7 @@ static void trellis_dot_some(const trellis *t, const trellis_some_rows *some, in
  * the token. */
 static void trellis_dot(const trellis *t, ptrdiff_t row, ptrdiff_t count, const token_spans *token, float *dot)
 {
+    const ptrdiff_t row_bytes = t->start[0][PLLM_TRELLIS_BITS];
     for (ptrdiff_t r = 0; r < count; r += DOT_TOGETHER) {
         const ptrdiff_t here = smaller(DOT_TOGETHER, count - r);
         const uint8_t *rows[TRELLIS_GROUP_ROWS];
@@ -353,11 +363,11 @@ static void trellis_dot(const trellis *t, ptrdiff_t row, ptrdiff_t count, const 
         for (ptrdiff_t first = 0; first < t->spans; first += SPANS_TOGETHER) {
             const ptrdiff_t n = smaller(SPANS_TOGETHER, t->spans - first);
             /* Rows of several bits are read in parts, where they are taken together in turn. */
-            const ptrdiff_t parted = t->span[first].alike < n ? DOT_TOGETHER * t->start[0][PLLM_TRELLIS_BITS] : 0;
+            const ptrdiff_t parted = t->span[first].alike < n ? DOT_TOGETHER * row_bytes : 0;
             const int together = t->code->extra || parted > MOST_PARTED ? 1 : DOT_TOGETHER;
             row_products products[SPANS_TOGETHER];
             trellis_some_rows some = {.tables = t->one_token_table, .rows = rows, .count = (int)here};
-            some.ahead = TRELLIS_AHEAD + (together > 1 ? parted : 0);
+            some.ahead = (row_bytes > TRELLIS_AHEAD ? 2 * row_bytes : TRELLIS_AHEAD) + (together > 1 ? parted : 0);
             for (; some.first < DOT_TOGETHER; some.first = some.end) {
                 const ptrdiff_t at = row + r + smaller(some.first, here - 1);
                 const int more = pllm_trellis_more(t->code, at);
