@@ -77,12 +77,17 @@ PLLM_INLINE void ask_ahead(const uint8_t *source, ptrdiff_t ahead, ptrdiff_t byt
         PLLM_PREFETCH((const void *)((uintptr_t)source + (uintptr_t)(ahead + i)));
 }
 
-/* The same, for the second-level cache: in the first one what is asked for so early takes the place of activations. One
- * matrix with this and the next with the other, in turn, took twice as long (Zen 4). */
-PLLM_INLINE void ask_far_ahead(const uint8_t *source, ptrdiff_t ahead, ptrdiff_t bytes)
+/* The same of rows that a single token reads. On AVX2 for the second-level cache: in the first one what is asked for so
+ * early takes the place of activations. All must do alike: one matrix in this way and the next in the other, in turn, took
+ * twice as long (Zen 4). */
+PLLM_INLINE void ask_for_rows(const uint8_t *source, ptrdiff_t ahead, ptrdiff_t bytes)
 {
+#if defined(PLLM_ISA_AVX2)
     for (ptrdiff_t i = 0; i < bytes; i += CACHE_LINE)
         PLLM_PREFETCH_FAR((const void *)((uintptr_t)source + (uintptr_t)(ahead + i)));
+#else
+    ask_ahead(source, ahead, bytes);
+#endif
 }
 
 /* The r-th of `count` rows, behind them the last. */

@@ -418,7 +418,7 @@ PLLM_INLINE __m256i span_looked_up(const row_table *t, const uint8_t *source, co
 
 enum {
     SPANS_TOGETHER = 32, /* of a row, before those of the next: rows read in parts take half as long again */
-    AHEAD = 8192         /* measured */
+    AHEAD = 8192         /* bytes between what is read of the payload and what is asked for: measured */
 };
 
 /* Products with as many rows, in lanes, of spans side by side. */
@@ -446,7 +446,7 @@ PLLM_INLINE void multiply_whole(const row_table *t, const uint8_t *source, const
     const int8_t *x = (const int8_t *)(token->x + first * token->width);
     source += first * source_step;
     for (ptrdiff_t s = 0; s < n; s++, source += source_step, x += x_step) {
-        ask_far_ahead(source, AHEAD, source_step);
+        ask_for_rows(source, AHEAD, source_step);
         products[s][r] = whole_span_looked_up(t, source, x, d, bits, form);
     }
 }

@@ -602,7 +602,7 @@ PLLM_INLINE void dot_rows(const row_table *t, const uint8_t *rows, ptrdiff_t str
                     const ptrdiff_t octets = octets_in(token, s);
                     __m512i *const here = &products[s - first][r];
                     for (int i = 0; i < together; i++)
-                        ask_ahead(source[i], ahead, bytes);
+                        ask_for_rows(source[i], ahead, bytes);
                     if (form == GATHER)
                         dot_span_gathered(t, source, octets, x, size, here);
                     else if (form == SPLIT)

@@ -275,15 +275,6 @@ typedef struct {
     int first, end, count; /* which; those from `count` on are the one before it again */
 } trellis_some_rows;
 
-PLLM_INLINE void ask_for_planes(const uint8_t *source, ptrdiff_t ahead)
-{
-#if defined(PLLM_ISA_AVX2)
-    ask_far_ahead(source, ahead, 1);
-#else
-    ask_ahead(source, ahead, 1);
-#endif
-}
-
 /* products (n) of rows with a token's spans, all of the same bits. x: of the first. */
 PLLM_INLINE void trellis_dot_spans(const trellis_some_rows *some, const trellis_span *span, ptrdiff_t n,
                                    const int bits, const int paired, const int16_t *x, ptrdiff_t width,
@@ -300,7 +291,7 @@ PLLM_INLINE void trellis_dot_spans(const trellis_some_rows *some, const trellis_
         for (ptrdiff_t s = 0; s < n; s++) {
             PLLM_UNROLL
             for (int p = 0; p < bits; p++)
-                ask_for_planes(here[0] + s * SPAN_BYTES, some->start[p] + some->ahead);
+                ask_for_rows(here[0] + s * SPAN_BYTES, some->start[p] + some->ahead, 1);
             products[s][r] = trellis_dot_span(some->tables, here, some->start, s * SPAN_BYTES,
                                               s < n - 1 ? MOST_STEPS : last_steps, bits, paired, x + s * width);
         }
