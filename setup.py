@@ -49,6 +49,7 @@ PER_ISA = [
     "search.c",
     "train.c",
     "tree_build.c",
+    "tree_bytes.c",
     "tree_cells.c",
     "tree_search.c",
     "trellis.c",

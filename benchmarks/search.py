@@ -33,7 +33,7 @@ COLUMNS = ["data", "d", "K", "n", "scan us", "peak %", "reused us", "build ms"]
 COLUMNS += ["reused x", "warm x", "rebuilt x", "torch x", "faiss x"]
 SCANNED_VALUES = 2e10  # how much of the scan is timed: queries x K x d
 SLOWER = 16  # of the others, so many times less
-LONG = 12  # longer sub-vectors are left to the scan, which takes its time: fewer queries will do
+LONG = 12  # longer sub-vectors take their time: fewer queries will do
 TORCH_BLOCK = 1 << 22  # scores torch holds at a time
 
 

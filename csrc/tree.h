@@ -1,4 +1,4 @@
-/* tree.h - the search tree, shared by tree_build.c, tree_cells.c and tree_search.c.
+/* tree.h - the search tree, shared by tree_build.c, tree_bytes.c, tree_cells.c and tree_search.c.
  *
  * Codewords are ordered by a k-d tree that splits the dimension of the largest variance in two, cut into
  * leaves of leaf_size codewords, and every leaf gets its bounding box. TREE_FAN consecutive boxes are
@@ -7,6 +7,7 @@
  * For many queries the leaves are cut further into cells, each with a list of the codewords nearest to it:
  * the queries of a cell walk through its list together, and only those whose lists end too early are
  * searched for in the tree.
+ * From d = TREE_BYTES_MIN on, boxes and codewords are there once more as bytes, and most queries are searched for there.
  *
  * Why no codeword is missed although floats are rounded. Write u for 2^-24, y = w c for the weighted
  * codeword and o for its offset, both as the scan holds them, C = sqrt(w) c and X = sqrt(w) x for what
@@ -35,6 +36,16 @@
  * 3 u |v| + (d + 4) u |X|^2, the loss of tiny beside a large |X|^2 included. With what (1) and the bound
  * ask for, 2 (d + 4) u + (d + 10) u, that is (4 d + 22) u |X|^2 of the K |X|^2 in q.
  *
+ * Bytes are whole numbers of steps, `scale` of which are a unit: x' is X_j less an origin, in steps, brought between 0
+ * and TREE_BYTES_LAST and rounded to the nearest. The first brings no two points farther apart, and the second moves
+ * them by e(X), the length of what it changes, so that scale |X - C| >= |x' - c'| - e with e = e(X) + the largest e(C),
+ * and 1e-3 for steps that are rounded floats (less than 16 u TREE_BYTES_LAST). With b = scale^2 (beta - base), base the
+ * least beta, and t = scale^2 (T - base), a codeword that may not be cut off has b + scale^2 |X - C|^2 <= t, and hence
+ *     b + |x' - c'|^2 <= b + (sqrt(t - b) + e)^2 <= (sqrt(t) + e)^2.
+ * Whatever has more is left out; so are boxes around bytes, with the least b in them. b is rounded down, and 1e-4 of the
+ * right side and a unit are more than its rounding. Sums are taken modulo 2^16, which leaves out less: a sum that is not
+ * above a limit below 2^16 is its own remainder. A query that needs a larger limit is searched for in the tree.
+ *
  * Inputs above TREE_LARGE, where squares might overflow, and NaN are searched by the scan over all
  * codewords.
  */
@@ -49,7 +60,11 @@ enum {
     TREE_LEVELS = 6,
     TREE_LEAF_MAX = 16,
     TREE_CUTS = 4 * VF_WIDTH,               /* cuts that may be loaded together */
-    TREE_CELL_MAX = 6 /* the longest codewords that lists are made of */
+    TREE_CELL_MAX = 6,   /* the longest codewords that lists are made of */
+    TREE_BYTES_MIN = 6,  /* the shortest that bytes are made of */
+    TREE_BYTES_FAN = 16, /* boxes of bytes in a box of the next level, and codewords of a leaf of them */
+    TREE_BYTES_LEVELS = 3,
+    TREE_BYTES_LAST = 127
 };
 
 #define TREE_LARGE 1e15f
@@ -90,12 +105,15 @@ static inline int tree_lists_pay(ptrdiff_t queries, int k, int d)
     return d >= 2 && d <= TREE_CELL_MAX && k >= 1024 && queries / tree_lists[d].queries >= k;
 }
 
+/* Places for codewords: leaf_count * leaf_size, and as many more as leaves of bytes need. */
+static inline size_t tree_places(int k) { return (size_t)round_up(k, TREE_BYTES_FAN); }
+
 /* Is it worth building a tree for n queries? Measured: with fewer codewords the scan is as quick, and
- * with fewer queries than 40000 / d building takes longer than what is gained. */
+ * with fewer queries building takes longer than what is gained. */
 static inline int tree_pays(ptrdiff_t n, int k, int d)
 {
-    const int enough = d <= 4 ? 2048 : d <= 8 ? 4096 : d <= 12 ? 16384 : PLLM_MAX_CODEWORDS + 1;
-    return n >= 40000 / d && (k >= enough || tree_lists_pay(n, k, d));
+    const int enough = d <= 4 ? 2048 : d < TREE_BYTES_MIN ? 4096 : d <= 10 ? 2048 : 4096;
+    return n >= (d <= 8 ? 40000 / d : 5000) && (k >= enough || tree_lists_pay(n, k, d));
 }
 
 struct pllm_tree {
@@ -108,14 +126,23 @@ struct pllm_tree {
     float root_weight[PLLM_MAX_SUBVECTOR]; /* sqrt(w) */
     float *boxes[TREE_LEVELS]; /* (ceil(box_count / TREE_FAN), 2 d + 1, TREE_FAN): beta, lo and hi by j */
     float *leaves;  /* (leaf_count, d + 1, leaf_size): as a codebook's blocks, in the tree's order */
-    int32_t *order; /* (leaf_count * leaf_size) the codeword at each place; INT32_MAX behind the last */
+    int32_t *order; /* (places) the codeword at each place; INT32_MAX behind the last */
     float *cut;     /* (2^(depth + cell_levels), TREE_CUTS at least) node 1 is the root, then 2 i + side */
     int list_length; /* codewords of a cell's list, a multiple of TREE_FAN; 0 without lists */
     int cell_levels; /* a leaf is cut into 2^cell_levels cells */
     uint16_t *list; /* (leaf_count << cell_levels, list_length) places of those nearest to the cell */
     float *bound;   /* (leaf_count << cell_levels, list_length / TREE_FAN + 1) the least bound from the
                        TREE_FAN codewords on; at the end that of all codewords not in the list */
-    float *rows;    /* (leaf_count * leaf_size, d + 1) as `leaves`, codeword by codeword */
+    float *rows;    /* (places, d + 1) as `leaves`, codeword by codeword, for lists and bytes */
+    struct {        /* as tree_bytes.h says */
+        int works;  /* 0: none, or no scale fits */
+        int level_count, box_count[TREE_BYTES_LEVELS];
+        float origin[PLLM_MAX_SUBVECTOR], scale;
+        float base, error;                 /* the least beta; the largest of a codeword's bytes, in steps */
+        uint8_t *boxes[TREE_BYTES_LEVELS]; /* groups of TREE_BYTES_FAN */
+        uint8_t *leaves;
+        uint8_t *pack;                     /* (256, 8) which bits are set */
+    } bytes;
 };
 
 /* The next `count` elements of `bytes` bytes of a block of memory, of which *used are taken; NULL, counted all the
@@ -143,5 +170,19 @@ int PLLM_SYM(pllm_cells_build)(pllm_tree *tree, const float *scaled, int threads
  * `sorted`, in the same order; the rest of `sorted` is undefined. Returns how many they are. */
 int PLLM_SYM(pllm_cells_search)(const pllm_tree *tree, const float *z, int32_t *sorted,
                                 const int32_t *end, int32_t *index, float *error);
+
+/* Fills tree->bytes, whose memory is there. scaled: (k, d), C in the order of places. beta: (k). Returns whether they
+ * work. */
+int PLLM_SYM(pllm_bytes_build)(pllm_tree *tree, const float *scaled, const float *beta, int threads);
+
+/* Bytes of memory that one call of the search needs. */
+size_t PLLM_SYM(pllm_bytes_memory)(void);
+
+/* Searches for the queries z[sorted[i]] in the order of their leaves, key[sorted[i]] >> levels. For those that need the
+ * tree, index gets a guess, and they come to the front of `sorted`, in the same order; the rest of it is undefined.
+ * Returns how many they are. *work grows by the work done, in the units of tree_search.c. */
+int PLLM_SYM(pllm_bytes_search)(const pllm_tree *tree, const float *z, int32_t *sorted, int count,
+                                const int32_t *key, int levels, const int32_t *previous, int32_t *index,
+                                float *error, double *work, void *memory);
 
 #endif

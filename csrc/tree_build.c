@@ -1,5 +1,5 @@
 /* tree_build.c - builds the search tree of a codebook (tree.h). Compiled once per instruction set. */
-#include "tree.h"
+#include "tree_bytes.h"
 
 #include <assert.h>
 #include <omp.h>
@@ -16,6 +16,7 @@ typedef struct {
     float *rows, *spare; /* (k, d) scaled codewords in the order so far */
     int32_t *spare_order;
     uint64_t *keys; /* (k) */
+    float *beta;    /* (tree_places) */
     float *scaled;  /* (leaf_count, d + 1, leaf_size) for the lists (tree.h), or NULL */
 } build;
 
@@ -157,10 +158,11 @@ static void fill_leaf(const build *b, int leaf)
         const float beta = place < b->k ? at_most(codeword_beta(row, d, c[0])) : INFINITY;
         for (int j = 0; j <= d; j++)
             to[j * size + i] = place < b->k ? c[j * block] : j ? 0.0f : INFINITY;
-        for (int j = 0; scaled && j <= d; j++) {
+        b->beta[place] = beta;
+        for (int j = 0; scaled && j <= d; j++)
             scaled[j * size + i] = j == 0 ? beta : place < b->k ? row[j - 1] : 0.0f;
+        for (int j = 0; tree->rows && j <= d; j++)
             tree->rows[(size_t)place * (size_t)(d + 1) + (size_t)j] = to[j * size + i];
-        }
         *box = fminf(*box, beta);
         if (place >= b->k) {
             tree->order[place] = INT32_MAX;
@@ -196,6 +198,11 @@ static void fill_boxes(const build *b, int threads)
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int leaf = 0; leaf < tree->leaf_count; leaf++)
         fill_leaf(b, leaf);
+    for (size_t place = (size_t)tree->leaf_count * (size_t)tree->leaf_size; place < tree_places(b->k); place++) {
+        tree->order[place] = INT32_MAX;
+        for (int j = 0; tree->rows && j <= b->d; j++)
+            tree->rows[place * (size_t)(b->d + 1) + (size_t)j] = j ? 0.0f : INFINITY;
+    }
     for (int level = 0; level < tree->level_count; level++) {
         const int count = tree->box_count[level];
         for (int box = 0; level > 0 && box < count; box++)
@@ -245,6 +252,10 @@ static pllm_tree shape_of(int k, int d, ptrdiff_t queries)
     tree.leaf_count = (k + tree.leaf_size - 1) / tree.leaf_size;
     while ((1 << tree.depth) < tree.leaf_count)
         tree.depth++;
+    for (int count = k, more = d >= TREE_BYTES_MIN; more; more = count > TREE_BYTES_FAN) {
+        count = (count + TREE_BYTES_FAN - 1) / TREE_BYTES_FAN;
+        tree.bytes.box_count[tree.bytes.level_count++] = count;
+    }
     for (int count = tree.leaf_count;; count = (count + TREE_FAN - 1) / TREE_FAN) {
         tree.box_count[tree.level_count++] = count;
         if (count <= TREE_TOP)
@@ -256,7 +267,7 @@ static pllm_tree shape_of(int k, int d, ptrdiff_t queries)
 static size_t lay_out(pllm_tree *tree, char *memory, int k, int d, int weighted, int biased)
 {
     size_t used = (sizeof *tree + 63) / 64 * 64;
-    const size_t places = (size_t)tree->leaf_count * (size_t)tree->leaf_size;
+    const size_t places = tree_places(k);
     pllm_codebook *cb = &tree->codebook;
     *cb = (pllm_codebook){.d = d, .k = k};
     cb->codebook = tree_place(memory, &used, (size_t)k * (size_t)d, sizeof(float));
@@ -279,7 +290,17 @@ static size_t lay_out(pllm_tree *tree, char *memory, int k, int d, int weighted,
         const size_t length = (size_t)tree->list_length;
         tree->list = tree_place(memory, &used, cells * length, sizeof(uint16_t));
         tree->bound = tree_place(memory, &used, cells * (length / TREE_FAN + 1), sizeof(float));
+    }
+    if (tree->list_length || tree->bytes.level_count)
         tree->rows = tree_place(memory, &used, places * (size_t)(d + 1), sizeof(float));
+    for (int level = 0; level < tree->bytes.level_count; level++) {
+        const size_t groups = (size_t)(tree->bytes.box_count[level] + TREE_BYTES_FAN - 1) / TREE_BYTES_FAN;
+        tree->bytes.boxes[level] = tree_place(memory, &used, groups * tree_bytes_group(d), 1);
+    }
+    if (tree->bytes.level_count) {
+        const size_t leaves = (size_t)tree->bytes.box_count[0];
+        tree->bytes.leaves = tree_place(memory, &used, leaves * tree_bytes_leaf(d), 1);
+        tree->bytes.pack = tree_place(memory, &used, 256, 8);
     }
     return used;
 }
@@ -310,11 +331,12 @@ int PLLM_SYM(pllm_tree_build)(pllm_tree **result, const float *codebook, int k, 
     build b = {.tree = tree, .d = d, .k = k, .rows = pllm_alloc_floats(floats),
                .spare = pllm_alloc_floats(floats),
                .spare_order = pllm_alloc((size_t)k * sizeof(int32_t)),
-               .keys = pllm_alloc((size_t)k * sizeof(uint64_t))};
+               .keys = pllm_alloc((size_t)k * sizeof(uint64_t)),
+               .beta = pllm_alloc_floats(tree_places(k))};
     *result = NULL;
     if (shape.list_length)
         b.scaled = pllm_alloc_floats((size_t)(shape.leaf_count * shape.leaf_size) * (size_t)(d + 1));
-    if (!tree || !b.rows || !b.spare || !b.spare_order || !b.keys || (shape.list_length && !b.scaled))
+    if (!tree || !b.rows || !b.spare || !b.spare_order || !b.keys || !b.beta || (shape.list_length && !b.scaled))
         goto done;
     *tree = shape;
     lay_out(tree, (char *)tree, k, d, weight != NULL, bias != NULL);
@@ -326,6 +348,8 @@ int PLLM_SYM(pllm_tree_build)(pllm_tree **result, const float *codebook, int k, 
 #pragma omp single
         split(&b, 1, 0, 1 << tree->depth);
         fill_boxes(&b, threads);
+        tree->bytes.works =
+            tree->bytes.level_count && PLLM_SYM(pllm_bytes_build)(tree, b.rows, b.beta, threads);
     }
     status = PLLM_OK;
     if (tree->works && tree->list_length)
@@ -336,6 +360,7 @@ int PLLM_SYM(pllm_tree_build)(pllm_tree **result, const float *codebook, int k, 
     }
 done:
     free(b.scaled);
+    free(b.beta);
     free(b.keys);
     free(b.spare_order);
     free(b.spare);

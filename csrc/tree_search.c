@@ -36,7 +36,11 @@ typedef struct {
     float *scan;           /* of the plain scan */
     float *apart;          /* (PLLM_SEARCH_QUERIES, d) queries copied together for the plain scan */
     int32_t *found;        /* (PLLM_SEARCH_QUERIES) its answers */
+    void *bytes;           /* of the search through bytes */
 } memory;
+
+/* What searches for the queries that have no list, or need more. */
+typedef enum { BY_SCAN, BY_TREE, BY_BYTES } way;
 
 /* Queries under way. */
 typedef struct {
@@ -54,9 +58,14 @@ static size_t cells_of(const pllm_tree *tree) { return (size_t)tree->leaf_count 
 /* A list holds every box of a level, and vi_compress writes past its end. */
 static size_t list_places(const pllm_tree *tree) { return (size_t)tree->leaf_count + 2 * TREE_FAN; }
 
+static size_t bytes_floats(void)
+{
+    return (PLLM_SYM(pllm_bytes_memory)() + sizeof(float) - 1) / sizeof(float);
+}
+
 static size_t memory_floats(const pllm_tree *tree)
 {
-    return 2 * BATCH + 4 * list_places(tree) + 2 * TEAM + cells_of(tree) + 2 +
+    return bytes_floats() + 2 * BATCH + 4 * list_places(tree) + 2 * TEAM + cells_of(tree) + 2 +
            pllm_search_scratch_floats(tree->codebook.d) +
            PLLM_SEARCH_QUERIES * ((size_t)tree->codebook.d + 1);
 }
@@ -64,8 +73,8 @@ static size_t memory_floats(const pllm_tree *tree)
 static memory place_memory(const pllm_tree *tree, float *floats)
 {
     const size_t places = list_places(tree);
-    int32_t *ints = (int32_t *)(void *)floats;
-    memory m = {.key = ints, .sorted = ints + BATCH};
+    int32_t *ints = (int32_t *)(void *)(floats + bytes_floats());
+    memory m = {.bytes = floats, .key = ints, .sorted = ints + BATCH};
     ints += 2 * BATCH;
     m.list[0] = (box_list){ints, ints + places};
     m.list[1] = (box_list){ints + 2 * places, ints + 3 * places};
@@ -471,10 +480,10 @@ static int searched_by_cell(const pllm_tree *tree, ptrdiff_t n)
     return tree->list_length && (size_t)n >= CELL_QUERIES * cells_of(tree);
 }
 
-/* A batch of n <= BATCH queries. What the lists leave is scanned for unless `by_tree`. Returns the work
- * done, in units of one codeword scored by the scan; the factors are measured. */
-PLLM_INLINE double search_batch(const pllm_tree *tree, const float *z, int n, const int32_t *previous,
-                                int by_tree, int32_t *index, float *error, memory *m, const int d)
+/* A batch of n <= BATCH queries; `by` for what the lists leave. Returns the work done, in units of one codeword scored
+ * by the scan; the factors are measured. */
+PLLM_INLINE double search_batch(const pllm_tree *tree, const float *z, int n, const int32_t *previous, way by,
+                                int32_t *index, float *error, memory *m, const int d)
 {
     team t = {.tree = tree};
     int32_t leaf[TEAM], at[TEAM];
@@ -488,10 +497,17 @@ PLLM_INLINE double search_batch(const pllm_tree *tree, const float *z, int n, co
         count = PLLM_SYM(pllm_cells_search)(tree, z, m->sorted, m->start, index, error);
         previous = index;
     }
-    if (!by_tree) {
+    double work = 0.0;
+    if (by == BY_SCAN) {
         scan_apart(tree, z, count, index, error, m, d);
         count = 0;
+    } else if (by == BY_BYTES && d >= TREE_BYTES_MIN) {
+        count = PLLM_SYM(pllm_bytes_search)(tree, z, m->sorted, count, m->key, levels, previous, index, error, &work,
+                                            m->bytes);
+        previous = index;
     }
+    if (by != BY_BYTES)
+        work += 3000.0 * n / d;
     for (int first = 0; first < count; first += TEAM) {
         t.size = count - first < TEAM ? count - first : TEAM;
         for (int i = first + TEAM; i < first + 2 * TEAM && i < count; i++)
@@ -513,37 +529,46 @@ PLLM_INLINE double search_batch(const pllm_tree *tree, const float *z, int n, co
         PLLM_SYM(pllm_search_slice)(&tree->codebook, z + (ptrdiff_t)here * d, 1, index + here,
                                     error ? error + here : NULL, m->scan);
     }
-    return 70.0 * (double)t.boxes + 40.0 * (double)t.leaves + 3000.0 * n / d;
+    return work + 70.0 * (double)t.boxes + 40.0 * (double)t.leaves;
 }
 
 /* One copy for each d, so that d is a constant in the inner loops. */
 #define SEARCH(D) \
     static double search_##D(const pllm_tree *tree, const float *z, int n, const int32_t *previous, \
-                             int by_tree, int32_t *index, float *error, memory *m) \
+                             way by, int32_t *index, float *error, memory *m) \
     { \
-        return search_batch(tree, z, n, previous, by_tree, index, error, m, D); \
+        return search_batch(tree, z, n, previous, by, index, error, m, D); \
     }
 SEARCH(1) SEARCH(2) SEARCH(3) SEARCH(4) SEARCH(5) SEARCH(6) SEARCH(7) SEARCH(8)
 SEARCH(9) SEARCH(10) SEARCH(11) SEARCH(12) SEARCH(13) SEARCH(14) SEARCH(15) SEARCH(16)
 
-typedef double search_fn(const pllm_tree *, const float *, int, const int32_t *, int, int32_t *,
+typedef double search_fn(const pllm_tree *, const float *, int, const int32_t *, way, int32_t *,
                          float *, memory *);
 
 static search_fn *const search_of[PLLM_MAX_SUBVECTOR + 1] = {
     NULL,     search_1, search_2,  search_3,  search_4,  search_5,  search_6,  search_7, search_8,
     search_9, search_10, search_11, search_12, search_13, search_14, search_15, search_16};
 
-/* Is the tree less work than the scan? Asks PROBE queries spread over all. */
-static int pays(const pllm_tree *tree, const float *z, ptrdiff_t n, memory *m)
+/* What is the least work? Asks PROBE queries spread over all. */
+static way choose_way(const pllm_tree *tree, const float *z, ptrdiff_t n, memory *m)
 {
     const int d = tree->codebook.d;
     float x[PROBE * PLLM_MAX_SUBVECTOR];
     int32_t index[PROBE];
+    if (!tree->works)
+        return BY_SCAN;
     if (n <= PROBE)
-        return 1;
+        return tree->bytes.works ? BY_BYTES : BY_TREE;
     for (int i = 0; i < PROBE; i++)
         memcpy(x + i * d, z + n / PROBE * i * d, (size_t)d * sizeof *x);
-    return search_of[d](tree, x, PROBE, NULL, 1, index, NULL, m) < (double)tree->codebook.k * PROBE;
+    double least = (double)tree->codebook.k * PROBE;
+    way by = BY_SCAN;
+    for (way other = BY_TREE; other <= (tree->bytes.works ? BY_BYTES : BY_TREE); other++) {
+        const double work = search_of[d](tree, x, PROBE, NULL, other, index, NULL, m);
+        by = work < least ? other : by;
+        least = work < least ? work : least;
+    }
+    return by;
 }
 
 int PLLM_SYM(pllm_tree_search)(const pllm_tree *tree, const float *z, ptrdiff_t n,
@@ -558,9 +583,9 @@ int PLLM_SYM(pllm_tree_search)(const pllm_tree *tree, const float *z, ptrdiff_t 
     memory first = place_memory(tree, all);
     ptrdiff_t share = (n / threads / PROBE + 1) * PROBE;
     share = share < BATCH ? share : BATCH;
-    const int by_tree = tree->works && pays(tree, z, n, &first);
+    const way by = choose_way(tree, z, n, &first);
     const int by_cell = tree->works && searched_by_cell(tree, share);
-    if (!by_tree && !by_cell)
+    if (by == BY_SCAN && !by_cell)
         share = share < PLLM_SEARCH_QUERIES ? share : PLLM_SEARCH_QUERIES;
     const ptrdiff_t batches = (n + share - 1) / share;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (batches > 1)
@@ -568,9 +593,9 @@ int PLLM_SYM(pllm_tree_search)(const pllm_tree *tree, const float *z, ptrdiff_t 
         const ptrdiff_t start = i * share, count = n - start < share ? n - start : share;
         memory m = place_memory(tree, all + (size_t)omp_get_thread_num() * floats);
         float *error_at = error ? error + start : NULL;
-        if (by_tree || by_cell)
-            search_of[d](tree, z + start * d, (int)count, previous ? previous + start : NULL, by_tree,
-                         index + start, error_at, &m);
+        if (by != BY_SCAN || by_cell)
+            search_of[d](tree, z + start * d, (int)count, previous ? previous + start : NULL, by, index + start,
+                         error_at, &m);
         else
             PLLM_SYM(pllm_search_slice)(&tree->codebook, z + start * d, count, index + start, error_at,
                                         m.scan);

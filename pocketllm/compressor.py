@@ -25,7 +25,7 @@ from .dense import load_tokenizer, meta_model, source_folder
 from .encode import Factors, encode_rows, factorise, relative_errors
 from .errors import PocketError
 from .layout import Target, cut, naming, row_statistics
-from .memory import give_back, peak_memory
+from .memory import give_back, large_blocks_apart, peak_memory
 from .planning import (
     WINDOW,
     Harm,
@@ -213,7 +213,7 @@ class Compression:
 
     def encode_all(self) -> tuple[list[CodecData], list[ModuleData]]:
         """Train every codec and encode every matrix; returns what the file stores."""
-        with self._progress:
+        with self._progress, large_blocks_apart():
             if self.config.codebook is None:
                 self.plan = make_plan(self.model, self.config, self._sensitivities())
                 self._work = predict_work(self.plan, self.config)

@@ -156,4 +156,8 @@ void test_tree(const pllm_kernels *kernels)
         check_tree(kernels, (tree_case){200, 5003, 4, kind, 0, 0, kind & 1, 2, 0});
         check_tree(kernels, (tree_case){200, 9000, 8, kind, 0, kind % 3, 0, 1, 0});
     }
+    for (int d = 6; d <= PLLM_MAX_SUBVECTOR; d++) { /* bytes: three levels, padded; more leaves than are listed at once */
+        check_tree(kernels, (tree_case){70, 4200, d, d % KINDS, d & 1, d % 3, 0, 1, 0});
+        check_tree(kernels, (tree_case){d < 15 ? 3 : 40, 20000, d, d % 4, 0, 0, 0, 2, 0});
+    }
 }
