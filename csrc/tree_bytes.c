@@ -24,7 +24,7 @@ enum {
     ROUNDS = 8     /* of leaving out those that are far from all others */
 };
 
-/* How many standard deviations the bytes reach to both sides, and where outliers begin: measured. */
+/* How many standard deviations the bytes reach to both sides, which is measured, and where outliers begin. */
 #define REACH 3.0
 #define OUTLIER 4.0
 
@@ -47,9 +47,8 @@ typedef struct {
     int64_t best[TEAM];           /* score and codeword, as a key */
     int32_t leaf[TEAM];           /* its own */
     uint16_t boxes[2][GROUPS + FAN], leaves[LEAVES + FAN];
-    uint32_t near[GROUPS > LEAVES + 2 * FAN ? GROUPS : LEAVES + 2 * FAN]; /* what was found in each of them */
-    uint32_t below[GROUPS];       /* the same of a list of boxes while leaves are listed */
-    int32_t hit[LEAVES + 2 * FAN];
+    uint32_t below[GROUPS], near[LEAVES + 2 * FAN]; /* which boxes below a listed one, and codewords of a leaf, are near */
+    int32_t hit[LEAVES + 2 * FAN]; /* places in the list of leaves that have such codewords */
     double work;
 } team;
 

@@ -213,7 +213,7 @@ class Compression:
 
     def encode_all(self) -> tuple[list[CodecData], list[ModuleData]]:
         """Train every codec and encode every matrix; returns what the file stores."""
-        with self._progress, large_blocks_apart():
+        with self._progress:
             if self.config.codebook is None:
                 self.plan = make_plan(self.model, self.config, self._sensitivities())
                 self._work = predict_work(self.plan, self.config)
@@ -227,7 +227,8 @@ class Compression:
                 for target in self.plan.targets:
                     self._encode(target, None)
             else:
-                self._encode_calibrated()
+                with large_blocks_apart():
+                    self._encode_calibrated()
         codecs = [CodecData(c.spec, c.parts) for c in self.codecs.values()]
         return codecs, [self._modules[t.name] for t in self.plan.targets]
 
