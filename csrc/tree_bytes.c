@@ -369,6 +369,8 @@ static double spread(const float *x, int k, int d, double *mean)
                 squares += off * off;
             }
         }
+        if (count == 0.0)
+            break;
         before = variance;
         variance = fmax(squares / count - (sum / count) * (sum / count), 0.0);
         *mean += sum / count;
