@@ -161,6 +161,17 @@ static inline float *tree_box(const pllm_tree *tree, int level, int box)
            box % TREE_FAN;
 }
 
+/* The scan's score of a codeword for z. */
+PLLM_INLINE float tree_score(const pllm_tree *tree, const float *z, int32_t codeword, const int d)
+{
+    const int block = PLLM_CODEBOOK_BLOCK;
+    const float *c = tree->codebook.blocks + (size_t)(codeword / block * (d + 1)) * (size_t)block + codeword % block;
+    float score = c[0];
+    for (int j = 0; j < d; j++)
+        score = fmaf(z[j], c[(j + 1) * block], score);
+    return score;
+}
+
 /* Cuts the leaves into cells and fills their lists. scaled: (leaf_count, d + 1, leaf_size), beta and C of
  * each place. Returns PLLM_OK or PLLM_ENOMEM. */
 int PLLM_SYM(pllm_cells_build)(pllm_tree *tree, const float *scaled, int threads);

@@ -28,11 +28,10 @@ enum {
 #define REACH 3.0
 #define OUTLIER 4.0
 
-/* What things cost, in codewords scored by the scan: measured. The last is divided by d. */
+/* What things cost, in codewords scored by the scan: measured. */
 #define BOX_WORK 25.0
 #define LEAF_WORK 10.0
 #define SCORE_WORK 40.0
-#define QUERY_WORK 3000.0
 
 /* Queries under way. Lists hold numbers of boxes or leaves, those of member i up to its end. */
 typedef struct {
@@ -275,16 +274,6 @@ PLLM_INLINE void load_queries(team *t, const float *z, const int32_t *sorted, co
             t->bytes[i][p] = (uint16_t)(byte[2 * p][i] | byte[2 * p + 1][i] << 8);
 }
 
-PLLM_INLINE int64_t key_of_guess(const pllm_tree *tree, const float *z, int32_t guess, const int d)
-{
-    const int block = PLLM_CODEBOOK_BLOCK;
-    const float *c = tree->codebook.blocks + (size_t)(guess / block * (d + 1)) * (size_t)block + guess % block;
-    float score = c[0];
-    for (int j = 0; j < d; j++)
-        score = fmaf(z[j], c[(j + 1) * block], score);
-    return key_of(score, guess);
-}
-
 PLLM_INLINE int search_bytes(team *t, const float *z, int32_t *sorted, int count, const int32_t *key, int levels,
                              const int32_t *previous, int32_t *index, float *error, const int d)
 {
@@ -299,7 +288,8 @@ PLLM_INLINE int search_bytes(team *t, const float *z, int32_t *sorted, int count
             const int32_t at = sorted[first + (i < t->size ? i : t->size - 1)];
             const float *x = z + (ptrdiff_t)at * d;
             t->leaf[i] = (key[at] >> levels) * tree->leaf_size / FAN;
-            t->best[i] = previous ? key_of_guess(tree, x, previous[at], d) : key_of(INFINITY, INT32_MAX);
+            t->best[i] = previous ? key_of(tree_score(tree, x, previous[at], d), previous[at])
+                                  : key_of(INFINITY, INT32_MAX);
             t->best[i] = score_leaf(tree, x, t->leaf[i], t->best[i], d);
         }
         t->open = 0;
@@ -344,7 +334,7 @@ int PLLM_SYM(pllm_bytes_search)(const pllm_tree *tree, const float *z, int32_t *
     const int d = tree->codebook.d;
     team *t = memory;
     t->tree = tree;
-    t->work = *work + QUERY_WORK * count / d;
+    t->work = *work;
     const int left = search_of[d](t, z, sorted, count, key, levels, previous, index, error);
     *work = t->work;
     return left;
@@ -494,7 +484,7 @@ int PLLM_SYM(pllm_bytes_build)(pllm_tree *tree, const float *scaled, const float
                 side(to, j)[BYTES_ROW] = TREE_BYTES_LAST;
             }
         }
-        for (int box = 0; d % 2 && box < (count + FAN - 1) / FAN * FAN; box++)
+        for (int box = 0; d % 2 && box < round_up(count, FAN); box++)
             *side(group_at(tree, level, box), d) = side(group_at(tree, level, box), d)[BYTES_ROW] = 0;
     }
     return 1;

@@ -3,10 +3,10 @@
  *
  * A thread takes a batch of queries, orders them by the leaf they lie in, so that neighbours in time are
  * neighbours in space and find what they need in cache. Many queries go through the lists of their cells
- * first (tree_cells.c). For the others it searches one after another: its own leaf, then the leaves near
- * it, for a tight first guess; then every leaf whose box is closer than the guess. Boxes and codewords
- * lie in the lanes. Where a query would have to look at too much (long sub-vectors, few codewords), the
- * plain scan takes the tree's place; a probe of some queries decides.
+ * first (tree_cells.c), long ones through bytes (tree_bytes.c). For the others it searches one after
+ * another: its own leaf, then the leaves near it, for a tight first guess; then every leaf whose box is
+ * closer than the guess. Boxes and codewords lie in the lanes. Where a query would have to look at too much
+ * (long sub-vectors, few codewords), the plain scan takes the place of both; a probe of some queries decides.
  */
 #include "tree.h"
 
@@ -271,12 +271,7 @@ PLLM_INLINE void load_query(team *t, int i, const float *z, int32_t guess, const
     t->best[i] = INFINITY;
     t->index[i] = INT32_MAX;
     if (guess >= 0) {
-        const int block = PLLM_CODEBOOK_BLOCK;
-        const float *c = tree->codebook.blocks + (size_t)(guess / block * (d + 1)) * (size_t)block +
-                         guess % block;
-        t->best[i] = c[0];
-        for (int j = 0; j < d; j++)
-            t->best[i] = fmaf(z[j], c[(j + 1) * block], t->best[i]);
+        t->best[i] = tree_score(tree, z, guess, d);
         t->index[i] = guess;
         set_threshold(t, i, d);
     }
@@ -497,7 +492,7 @@ PLLM_INLINE double search_batch(const pllm_tree *tree, const float *z, int n, co
         count = PLLM_SYM(pllm_cells_search)(tree, z, m->sorted, m->start, index, error);
         previous = index;
     }
-    double work = 0.0;
+    double work = 3000.0 * n / d;
     if (by == BY_SCAN) {
         scan_apart(tree, z, count, index, error, m, d);
         count = 0;
@@ -506,8 +501,6 @@ PLLM_INLINE double search_batch(const pllm_tree *tree, const float *z, int n, co
                                             m->bytes);
         previous = index;
     }
-    if (by != BY_BYTES)
-        work += 3000.0 * n / d;
     for (int first = 0; first < count; first += TEAM) {
         t.size = count - first < TEAM ? count - first : TEAM;
         for (int i = first + TEAM; i < first + 2 * TEAM && i < count; i++)
