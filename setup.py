@@ -32,6 +32,7 @@ ONCE = [
     "module_layer.c",
     "module_train.c",
     "module_feedback.c",
+    "module_rounded.c",
     "module_trellis.c",
 ]
 PER_ISA = [
@@ -46,6 +47,7 @@ PER_ISA = [
     "metric.c",
     "mlp.c",
     "pack.c",
+    "rounded.c",
     "search.c",
     "train.c",
     "tree_build.c",

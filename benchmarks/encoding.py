@@ -38,7 +38,7 @@ from pocketllm.config import PocketConfig
 from pocketllm.encode import AGAIN, Factors, factorise
 from pocketllm.kmeans import kmeans
 from pocketllm.planning import WINDOW
-from pocketllm.precision import bfloat16_factors, linear_dtype
+from pocketllm.precision import linear_dtype, rounded_factors, rounded_linears
 from pocketllm.trellis_encode import level_table, uniform_coding
 
 # d, K
@@ -275,10 +275,11 @@ def error_under(h: np.ndarray, x: np.ndarray, made: np.ndarray) -> float:
 def seconds_of_a_pass(shape: tuple[int, int], clock: Any) -> float:
     """Of a product with TOKENS tokens as the calibration does it."""
     linear = torch.nn.Linear(shape[1], shape[0], bias=False)
-    with bfloat16_factors(), torch.inference_mode():
+    tokens = torch.ones(SOME_TOKENS, shape[1])
+    with rounded_factors(), torch.no_grad():
         linear.to(linear_dtype(linear))
-        tokens = torch.ones(SOME_TOKENS, shape[1], dtype=linear.weight.dtype)
-        seconds = compare({"pass": lambda: linear(tokens)}, turns=7, clock=clock)
+        with rounded_linears(linear):
+            seconds = compare({"pass": lambda: linear(tokens)}, turns=7, clock=clock)
     return seconds["pass"].minimum * TOKENS / SOME_TOKENS
 
 

@@ -42,7 +42,7 @@ typedef struct {
     ptrdiff_t width;            /* values of a span as laid out for the products; whole tiles in_tiles */
     ptrdiff_t spans;            /* of a row */
     int16_t *x;                 /* few tokens: (tokens, spans, width); else panels, each (spans, width / 2,
-                                 * tokens, 2), see put_token; zeros where no column stands. In tiles: bytes, for
+                                 * tokens, 2), see put_line; zeros where no column stands. In tiles: bytes, for
                                  * each span and TILE_TOKENS of the tokens as put_tile_token has them */
     float *x_scale;             /* few tokens: (tokens, spans); else panels, each (spans, tokens); in tiles:
                                  * (spans, tokens) */
@@ -197,7 +197,7 @@ static void quantise_panel(const view *v, ptrdiff_t i)
         for (ptrdiff_t t = 0; t < tokens; t++) {
             int16_t values[LAID_OUT];
             v->x_scale[at + t] = quantise_span(v, i * WIDE + t, s, values);
-            put_token(values, v->width, t, width, panel);
+            put_line(values, v->width, t, width, panel);
         }
     }
 }

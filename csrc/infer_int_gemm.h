@@ -4,9 +4,9 @@
 #define PLLM_INFER_INT_GEMM_H
 
 #include "infer_panels.h"
+#include "micro_int16.h"
 
 enum {
-    VS_WIDTH = 2 * VF_WIDTH,
     DOT_ROWS = 4,  /* sums in registers, few tokens: rows */
     DOT_TOKENS = 2 /* times tokens */
 };
@@ -56,32 +56,6 @@ static void multiply_few(const int16_t *w, ptrdiff_t rows, ptrdiff_t width, cons
 }
 
 /* ---- many tokens: two values of each token in each lane --------------------------------------- */
-
-/* Gives token `token` of a panel span (k / 2, tokens, 2), laid out as vi_dot_pair wants it, its values x (k). */
-static void put_token(const int16_t *x, ptrdiff_t k, ptrdiff_t token, ptrdiff_t tokens, int16_t *panel)
-{
-    panel += token / VF_WIDTH * VS_WIDTH;
-    const ptrdiff_t first = VS_PLACE(token % VF_WIDTH, 0), second = VS_PLACE(token % VF_WIDTH, 1);
-    for (ptrdiff_t i = 0; i < k; i += 2, panel += 2 * tokens) {
-        panel[first] = x[i];
-        panel[second] = x[i + 1];
-    }
-}
-
-/* s (rows, tokens) += w (rows, 2) x (tokens, 2)'. */
-PLLM_INLINE void add_pairs(int rows, int vectors, const int16_t *w, ptrdiff_t w_stride, const int16_t *x,
-                           vi s[][MICRO_VECTORS])
-{
-    vs xs[MICRO_VECTORS];
-    for (int v = 0; v < vectors; v++)
-        xs[v] = vs_load(x + v * VS_WIDTH);
-    PLLM_UNROLL
-    for (int r = 0; r < rows; r++) {
-        const vs_pair pair = vs_load_pair(w + r * w_stride);
-        for (int v = 0; v < vectors; v++)
-            s[r][v] = vi_dot_pair(s[r][v], xs[v], pair);
-    }
-}
 
 /* dot (rows, tokens) += scale (tokens) * w (rows, k) x (k / 2, tokens, 2). k: a multiple of 4. */
 PLLM_INLINE void micro_tile(int rows, int vectors, const int16_t *w, ptrdiff_t w_stride, const int16_t *x,

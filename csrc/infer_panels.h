@@ -4,22 +4,13 @@
 #define PLLM_INFER_PANELS_H
 
 #include "infer.h"
+#include "micro.h"
 
-/* Register tile: MICRO_ROWS rows times MICRO_VECTORS vectors of tokens, and for what is left over
- * (or few tokens) half the tokens, times twice the rows in float32, whose sums each wait for the one before. */
-#if defined(PLLM_ISA_AVX512)
-enum { MICRO_ROWS = 12, MICRO_VECTORS = 2 };
-#elif defined(PLLM_ISA_AVX2)
-enum { MICRO_ROWS = 6, MICRO_VECTORS = 2 };
-#elif defined(PLLM_ISA_NEON)
-enum { MICRO_ROWS = 6, MICRO_VECTORS = 4 };
-#else
-enum { MICRO_ROWS = 2, MICRO_VECTORS = 2 };
-#endif
+/* A tile is MICRO_ROWS rows times WIDE tokens, and for what is left over (or few tokens) half the tokens, times twice the
+ * rows in float32, whose sums each wait for the one before. */
 enum {
-    WIDE = MICRO_VECTORS * VF_WIDTH, /* tokens of a panel */
-    NARROW = WIDE / 2,               /* tokens of the last panel, when that is enough */
-    TILE_ROWS = 48                   /* rows decoded at a time; a multiple of 2 MICRO_ROWS */
+    NARROW = WIDE / 2, /* tokens of the last panel, when that is enough */
+    TILE_ROWS = 48     /* rows decoded at a time; a multiple of 2 MICRO_ROWS */
 };
 
 /* Tokens as panels: full ones of WIDE tokens, then one of WIDE or NARROW for the rest. */

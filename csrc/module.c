@@ -97,7 +97,7 @@ PyMODINIT_FUNC PyInit__kernels(void)
 {
     PyMethodDef *const families[] = {pllm_search_methods, pllm_infer_methods, pllm_layer_methods,
                                      pllm_train_methods, pllm_feedback_methods,
-                                     pllm_trellis_methods};
+                                     pllm_trellis_methods, pllm_rounded_methods};
     const char *forced = getenv("POCKETLLM_ISA");
     PyObject *module = NULL;
     import_array();

@@ -58,6 +58,7 @@ extern PyMethodDef pllm_infer_methods[];
 extern PyMethodDef pllm_layer_methods[];
 extern PyMethodDef pllm_train_methods[];
 extern PyMethodDef pllm_feedback_methods[];
+extern PyMethodDef pllm_rounded_methods[];
 extern PyMethodDef pllm_trellis_methods[];
 
 #endif

@@ -449,6 +449,22 @@ typedef int pllm_encode_feedback_fn(const float *x, ptrdiff_t rows, ptrdiff_t co
 
 #define PLLM_FEEDBACK_KERNELS(X) X(encode_feedback)
 
+/* ---- products with rounded factors (rounded.c) ----------------------------------------------- */
+
+/* out (n, m) = x (n, k) w (m, k)'. Both factors are rounded to integers of up to 2895, either sign, with one scale for
+ * each 256 values of a row: a value moves by at most a 5790th of the largest of them. These products are exact, and
+ * their sums over 256 values too; those are added up in float32, in their order.
+ * Rows with NaN or Inf in them give NaN, and so may products beyond float32; those below 2^-118 may become zero.
+ * Returns PLLM_OK or PLLM_ENOMEM. */
+typedef int pllm_rounded_linear_fn(const float *x, ptrdiff_t n, const float *w, ptrdiff_t m, ptrdiff_t k,
+                                   float *out, int threads);
+
+/* The rows first..end-1 of out (n, n) += those of x (n, k) x', in the same way, up to the diagonal. */
+typedef int pllm_rounded_gram_fn(const float *x, ptrdiff_t n, ptrdiff_t k, ptrdiff_t first, ptrdiff_t end,
+                                 float *out, int threads);
+
+#define PLLM_ROUNDED_KERNELS(X) X(rounded_linear) X(rounded_gram)
+
 /* ---- choice of the instruction set (isa_table.c, cpu.c) -------------------------------------- */
 
 #define PLLM_ALL_KERNELS(X) \
@@ -458,7 +474,8 @@ typedef int pllm_encode_feedback_fn(const float *x, ptrdiff_t rows, ptrdiff_t co
     PLLM_INFER_KERNELS(X) \
     PLLM_LAYER_KERNELS(X) \
     PLLM_TRAIN_KERNELS(X) \
-    PLLM_FEEDBACK_KERNELS(X)
+    PLLM_FEEDBACK_KERNELS(X) \
+    PLLM_ROUNDED_KERNELS(X)
 
 /* All kernels of one instruction set. */
 typedef struct {

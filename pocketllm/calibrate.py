@@ -30,9 +30,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import kernels
 from .errors import PocketError
 from .parallel import worker_threads
-from .precision import bfloat16_factors, bfloat16_linears, factor_dtype, power_of_two
+from .precision import factor_dtype, kept_dtype, power_of_two, rounded_factors, rounded_linears
 from .weights import LoadedWeights, Weights
 from .workspace import writing
 
@@ -243,7 +244,7 @@ class Calibrator:
     @contextmanager
     def _runnable(self, layer: nn.Module) -> Iterator[None]:
         """Within it the layer can be run, with its products as quick as the processor has them."""
-        with bfloat16_factors(), self._weights.run(layer), bfloat16_linears(layer):
+        with rounded_factors(), self._weights.run(layer), rounded_linears(layer):
             yield
 
     def _kept(self, states: Iterator[torch.Tensor]) -> HiddenStates:
@@ -255,7 +256,7 @@ class Calibrator:
         assert kept is not None  # there is a window
         return kept
 
-    @bfloat16_factors()
+    @rounded_factors()
     def backward_head(
         self, states: HiddenStates, pull: Callable[[int, torch.Tensor], torch.Tensor]
     ) -> list[torch.Tensor]:
@@ -342,7 +343,7 @@ class Calibrator:
         with self._runnable(layer.module):
             return self._collect(index, {n: self.model.get_submodule(n) for n in layer.targets})
 
-    @bfloat16_factors()
+    @rounded_factors()
     def _collect(self, index: int, modules: dict[str, nn.Module]) -> dict[str, np.ndarray]:
         sums: dict[Names, torch.Tensor] = {}
         tokens: dict[Names, int] = {}
@@ -386,7 +387,7 @@ class Calibrator:
         self._await_inputs(awaited)
         self._run(window, index, self._state(window))
         found, self._local.inputs = self._local.inputs, []
-        kind = factor_dtype()
+        kind = kept_dtype()
         columns = [(x.reshape(-1, x.shape[-1]).to(kind).T.contiguous(), n) for x, n in found]
         return columns, self._local.calls
 
@@ -401,12 +402,16 @@ class Calibrator:
         inputs: dict[Names, list[torch.Tensor]],
     ) -> None:
         """Adds x xᵀ of every token, blocks on and below the diagonal only, each by one thread."""
+        kind = factor_dtype()
 
         def add(names: Names, first: int) -> None:
-            last = first + MOMENT_ROWS
-            block = sums[names][first:last, :last]
+            total = sums[names]
+            last = min(first + MOMENT_ROWS, len(total))
+            block = total[first:last, :last]
             for x in inputs[names]:
-                if x.dtype == torch.bfloat16:
+                if kind == torch.int16:
+                    kernels.rounded_gram(x.numpy(), total.numpy(), first, last)
+                elif kind == torch.bfloat16:
                     block += x[first:last] @ x[:last].T
                 else:
                     block.addmm_(x[first:last], x[:last].T)
@@ -591,10 +596,12 @@ def _means(
 
 
 def _mirror(lower: torch.Tensor) -> None:
-    """Copies the blocks below the diagonal to above it, transposed."""
-    for first in range(MOMENT_ROWS, len(lower), MOMENT_ROWS):
+    """Copies what is below the diagonal to above it, transposed."""
+    for first in range(0, len(lower), MOMENT_ROWS):
         rows = slice(first, first + MOMENT_ROWS)
         lower[:first, rows] = lower[rows, :first].T
+        block = lower[rows, rows]
+        block.tril_().add_(block.tril(-1).T)
 
 
 class HiddenStates:

@@ -20,7 +20,7 @@ from . import kernels
 from .errors import PocketError
 from .layout import Rows, denormalise, subvector_count
 from .parallel import thread_pool
-from .precision import bfloat16_factors, power_of_two
+from .precision import power_of_two, rounded_factors
 from .stored import StoredCodec
 
 # Share of H's diagonal that is added to it: what the text at hand says about correlations is
@@ -306,7 +306,7 @@ def _squares(
     """|x|², and the same under H of each ``every``-th row or NaN, squared in this unit."""
     x, under = x * np.float32(1 / unit), np.nan
     if hessian is not None:
-        with bfloat16_factors():
+        with rounded_factors():
             under = _under(np.ascontiguousarray(x[::every]), hessian)
     plain = float(np.square(x, out=x).sum(1).sum(dtype=np.float64))
     return unit**2 * plain, unit**2 * under

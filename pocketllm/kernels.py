@@ -713,3 +713,34 @@ def encode_trellis(
         ValueError: also when ``weight``, ``factor`` or ``level`` are not finite.
     """
     return _kernels.encode_trellis(x, weight, feedback, bits, extra, factor, level, _threads())
+
+
+# ---- products with rounded factors ------------------------------------------------------------
+
+
+def rounded_linear(x: Floats, w: Floats) -> Floats:
+    """``x @ w.T`` with both factors rounded to integers, nearly twice as fast as in float32 on x86.
+
+    Each 256 values of a row have a scale, and move by at most a 5790th of the largest of them.
+    Their products are exact, and so are sums over 256 columns, which are added up in float32. A row
+    with NaN or Inf in it gives NaN.
+
+    Args:
+        x: (n, k).
+        w: (m, k).
+
+    Returns:
+        (n, m).
+    """
+    return _kernels.rounded_linear(x, w, _threads())
+
+
+def rounded_gram(x: Floats, out: Floats, first: int = 0, end: int | None = None) -> None:
+    """Adds ``x @ x.T``, rounded as in :func:`rounded_linear`, on and below the diagonal.
+
+    Args:
+        x: (n, k).
+        out: (n, n), contiguous; what is above its diagonal stays as it is.
+        first, end: rows of out, 0 <= first <= end <= n; all unless given.
+    """
+    _kernels.rounded_gram(x, out, first, len(x) if end is None else end, _threads())

@@ -201,8 +201,6 @@ class Work:
 
 def predict_work(plan: Plan, config: PocketConfig) -> Work:
     """Predicted seconds on this machine, from short measurements of its kernels."""
-    from .precision import bfloat16_factors
-
     search, flops = _seconds_per_search_unit(), _matmul_flops()
     step = _seconds_per_coded_weight() if plan.rates else 0.0
     sub_vectors = dict.fromkeys(plan.codecs, 0)
@@ -231,10 +229,12 @@ def predict_work(plan: Plan, config: PocketConfig) -> Work:
         codecs[name] = search * SEARCHES * sample * codec.codebook * codec.subvector
         codecs[name] += sample * STEP_FLOPS * codec.hidden * codec.subvector / flops
     tokens = config.calibration_windows * WINDOW if config.calibration is not None else 0
-    with bfloat16_factors():
-        product = 2 * plan.weights / _matmul_flops()
     looked_at = 0 if config.codebook is not None else SENSITIVITY_TOKENS
-    return Work(codecs, matrices, PASSES * product * tokens, BACKWARD * product * looked_at)
+    passes, backward = (
+        2 * plan.weights / _pass_flops(learn=learn) if count else 0.0
+        for learn, count in ((False, tokens), (True, looked_at))
+    )
+    return Work(codecs, matrices, PASSES * passes * tokens, BACKWARD * backward * looked_at)
 
 
 def predict_speeds(plan: Plan, config: PocketConfig) -> dict[str, float]:
@@ -495,6 +495,20 @@ def _matmul_flops() -> float:
 
     a = torch.ones(512, 512)
     return 2 * 512**3 / _fastest(lambda: a @ a)
+
+
+def _pass_flops(*, learn: bool) -> float:
+    """Of a layer's linears where a model is run for its activations, and with ``learn`` for its
+    gradients."""
+    import torch
+
+    from .precision import linear_dtype, rounded_factors, rounded_linears
+
+    linear, x = torch.nn.Linear(512, 512, bias=False), torch.ones(512, 512)
+    with rounded_factors(), torch.set_grad_enabled(learn):
+        linear.to(linear_dtype(linear))
+        with rounded_linears(linear):
+            return 2 * 512**3 / _fastest(lambda: linear(x))
 
 
 def _fastest(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:

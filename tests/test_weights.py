@@ -203,10 +203,13 @@ def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
             matrix(weights, target)
 
 
-@pytest.mark.usefixtures("float32_products")
-def test_moments_of_wide_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind, tolerance", [(torch.float32, 1e-5), (torch.int16, 2**-9)])
+def test_moments_of_wide_inputs(
+    kind: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch, float32_products: None
+) -> None:
     """More rows than one block: only blocks on and below the diagonal are multiplied."""
     monkeypatch.setattr(calibrate, "MOMENT_ROWS", 16)
+    monkeypatch.setattr(calibrate, "factor_dtype", lambda: kind)
     model = tiny_model("llama")
     windows = torch.from_numpy(np.random.default_rng(0).integers(3, 50, (5, 17)))
     name, inputs = "model.layers.0.mlp.down_proj", []
@@ -219,7 +222,7 @@ def test_moments_of_wide_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
         h = next(calibrator.layers()).hessians()[name]
     x = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]).double()
     want = (x.T @ x / len(x)).numpy()
-    assert np.abs(h - want).max() <= 1e-5 * np.abs(want).max()
+    assert np.abs(h - want).max() <= tolerance * np.abs(want).max()
     assert np.array_equal(h, h.T)
 
 

@@ -6,6 +6,7 @@ void test_feedback(const pllm_kernels *k);
 void test_infer(const pllm_kernels *k);
 void test_layer(const pllm_kernels *k);
 void test_pack(const pllm_kernels *k);
+void test_rounded(const pllm_kernels *k);
 void test_search(const pllm_kernels *k);
 void test_simd(const pllm_kernels *k);
 void test_training(const pllm_kernels *k);
@@ -21,6 +22,7 @@ static const struct {
     {"infer", test_infer},
     {"layer", test_layer},
     {"pack", test_pack},
+    {"rounded", test_rounded},
     {"search", test_search},
     {"simd", test_simd},
     {"training", test_training},

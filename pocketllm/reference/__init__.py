@@ -2,6 +2,7 @@
 
 from pocketllm.reference.feedback import encode_feedback
 from pocketllm.reference.inference import decode_row_list, decode_rows, matmul
+from pocketllm.reference.rounded import rounded_gram, rounded_linear
 from pocketllm.reference.search import SearchIndex, distances, index_max, nearest, pack, unpack
 from pocketllm.reference.training import (
     TrainStep,
@@ -41,6 +42,8 @@ __all__ = [
     "pack",
     "rln",
     "rln_backward",
+    "rounded_gram",
+    "rounded_linear",
     "train_step",
     "trellis_levels",
     "unpack",
