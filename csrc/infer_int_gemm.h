@@ -63,14 +63,7 @@ PLLM_INLINE void micro_tile(int rows, int vectors, const int16_t *w, ptrdiff_t w
 {
     vi s[MICRO_ROWS][MICRO_VECTORS];
     const int tokens = vectors * VF_WIDTH;
-    PLLM_UNROLL
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++)
-            s[r][v] = vi_set1(0);
-    for (ptrdiff_t i = 0; i < k; i += 4, x += 4 * tokens) {
-        add_pairs(rows, vectors, w + i, w_stride, x, s);
-        add_pairs(rows, vectors, w + i + 2, w_stride, x + 2 * tokens, s);
-    }
+    micro_sums(rows, vectors, w, w_stride, 2, x, k, s);
     PLLM_UNROLL
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) {

@@ -39,4 +39,20 @@ PLLM_INLINE void add_pairs(int rows, int vectors, const int16_t *w, ptrdiff_t w_
     }
 }
 
+/* s (rows, lines) = w (rows, k) x (k / 2, lines, 2). k: a multiple of 4. Rows of w are w_stride apart, and in each the
+ * pairs of values pair_stride. */
+PLLM_INLINE void micro_sums(int rows, int vectors, const int16_t *w, ptrdiff_t w_stride, ptrdiff_t pair_stride,
+                            const int16_t *x, ptrdiff_t k, vi s[][MICRO_VECTORS])
+{
+    const int pair_lines = 2 * vectors * VF_WIDTH;
+    PLLM_UNROLL
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            s[r][v] = vi_set1(0);
+    for (ptrdiff_t i = 0; i < k; i += 4, w += 2 * pair_stride, x += 2 * pair_lines) {
+        add_pairs(rows, vectors, w, w_stride, x, s);
+        add_pairs(rows, vectors, w + pair_stride, w_stride, x + pair_lines, s);
+    }
+}
+
 #endif

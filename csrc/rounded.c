@@ -16,10 +16,11 @@
 enum {
     SPAN = 256,
     LARGEST = 2895,
-    PANELS = 3,              /* of a block of the right factor */
-    BLOCK = PANELS * WIDE,   /* its lines */
-    CHUNK = 576,             /* lines of the left factor; a multiple of every MICRO_ROWS */
-    TILE = MICRO_ROWS * WIDE /* sums of a register tile */
+    PANELS = 3,               /* of a block of the right factor */
+    BLOCK = PANELS * WIDE,    /* its lines */
+    CHUNK = 576,              /* lines of the left factor; a multiple of every MICRO_ROWS */
+    TILE = MICRO_ROWS * WIDE, /* sums of a register tile */
+    LINES_AHEAD = 3           /* between the line that is read or written and the one that is asked for */
 };
 _Static_assert(CHUNK % MICRO_ROWS == 0, "a chunk is whole tiles");
 
@@ -122,7 +123,7 @@ static void round_right(const factor *f, ptrdiff_t first, ptrdiff_t s, right_blo
     const ptrdiff_t width = span_width(f->length, s);
     for (ptrdiff_t l = 0; l < BLOCK; l++) {
         int16_t value[SPAN];
-        ask_for_span(f, first + l + 1, s);
+        ask_for_span(f, first + l + LINES_AHEAD, s);
         right->scale[l] = round_span(f, first + l, s, value);
         put_line(value, width, l % WIDE, WIDE, right->values[l / WIDE]);
     }
@@ -133,14 +134,7 @@ static void multiply_tile(const int16_t *w, const float *w_scale, const int16_t 
                           ptrdiff_t width, float *dot)
 {
     vi s[MICRO_ROWS][MICRO_VECTORS];
-    PLLM_UNROLL
-    for (int r = 0; r < MICRO_ROWS; r++)
-        for (int v = 0; v < MICRO_VECTORS; v++)
-            s[r][v] = vi_set1(0);
-    for (ptrdiff_t i = 0; i < width; i += 4, w += 4 * MICRO_ROWS, x += 4 * WIDE) {
-        add_pairs(MICRO_ROWS, MICRO_VECTORS, w, 2, x, s);
-        add_pairs(MICRO_ROWS, MICRO_VECTORS, w + 2 * MICRO_ROWS, 2, x + 2 * WIDE, s);
-    }
+    micro_sums(MICRO_ROWS, MICRO_VECTORS, w, 2, 2 * MICRO_ROWS, x, width, s);
     PLLM_UNROLL
     for (int r = 0; r < MICRO_ROWS; r++)
         for (int v = 0; v < MICRO_VECTORS; v++) {
@@ -171,11 +165,12 @@ static void multiply_chunk(const product *p, ptrdiff_t begin, ptrdiff_t lines, p
         for (ptrdiff_t g = 0; g < groups; g++) {
             const ptrdiff_t line = begin + g * MICRO_ROWS;
             const int16_t *const next = left_values(&p->left, s, line + MICRO_ROWS);
-            for (ptrdiff_t i = 0; i < width * MICRO_ROWS; i += 32)
-                PLLM_PREFETCH(next + i);
-            for (int i = 0; i < PANELS; i++)
+            for (int i = 0; i < PANELS; i++) {
+                for (ptrdiff_t part = i * 32; part < width * MICRO_ROWS; part += PANELS * 32)
+                    PLLM_PREFETCH(next + part);
                 multiply_tile(left_values(&p->left, s, line), p->left.scale + s * p->left.lines + line,
                               m->right.values[i], m->right.scale + i * WIDE, width, m->dot[g][i]);
+            }
         }
     }
 }
@@ -183,7 +178,10 @@ static void multiply_chunk(const product *p, ptrdiff_t begin, ptrdiff_t lines, p
 /* Writes the sums to where they belong, or adds them. */
 static void finish_chunk(const product *p, ptrdiff_t begin, ptrdiff_t lines, ptrdiff_t first, const task_memory *m)
 {
-    for (ptrdiff_t line = begin; line < begin + lines; line++)
+    for (ptrdiff_t line = begin; line < begin + lines; line++) {
+        if (line + LINES_AHEAD < begin + lines)
+            for (int i = 0; i < BLOCK; i += 16)
+                PLLM_PREFETCH(p->out + (line + LINES_AHEAD) * p->w.lines + first + i);
         for (int i = 0; i < PANELS; i++) {
             const ptrdiff_t column = first + i * WIDE, r = line - begin;
             const ptrdiff_t end = p->is_gram ? p->first + line + 1 : p->w.lines;
@@ -192,6 +190,7 @@ static void finish_chunk(const product *p, ptrdiff_t begin, ptrdiff_t lines, ptr
             for (ptrdiff_t c = 0; c < smaller(WIDE, end - column); c++)
                 out[c] = p->is_gram ? out[c] + dot[c] : dot[c];
         }
+    }
 }
 
 /* All of x with a block of w from `column` on. */

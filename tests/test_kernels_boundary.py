@@ -105,6 +105,10 @@ CALLS = {
     "hold_matrix, refused": (
         kernels.hold_matrix, (np.ones(20, np.uint8), 32, CODEC, floats(4)), {},
     ),
+    "rounded_linear": (kernels.rounded_linear, (floats(70, 8)[::2, ::2], floats(9, 4)), {}),
+    "rounded_linear, refused": (kernels.rounded_linear, (floats(70, 8), floats(9, 7)), {}),
+    "rounded_gram": (kernels.rounded_gram, (floats(9, 70)[:, ::2], floats(9, 9)), {"end": 7}),
+    "rounded_gram, refused": (kernels.rounded_gram, (floats(9, 70), floats(9, 9)), {"end": 10}),
     "index_max": (kernels.index_max, (np.ones((5, 66), np.uint8)[:, ::2], 33, 8), {}),
 }  # fmt: skip
 
