@@ -452,8 +452,9 @@ typedef int pllm_encode_feedback_fn(const float *x, ptrdiff_t rows, ptrdiff_t co
 /* ---- products with rounded factors (rounded.c) ----------------------------------------------- */
 
 /* out (n, m) = x (n, k) w (m, k)'. Both factors are rounded to integers of up to 2895, either sign, with one scale for
- * each 256 values of a row: a value moves by at most a 5790th of the largest of them. These products are exact, and
- * their sums over 256 values too; those are added up in float32, in their order.
+ * each 256 values of a row: a value moves by at most a 5790th of the largest of them, and where none of them reaches
+ * 2^-114 all are zeros. These products are exact, and their sums over 256 values too; those are added up in float32, in
+ * their order.
  * Rows with NaN or Inf in them give NaN, and so may products beyond float32; those below 2^-118 may become zero.
  * Returns PLLM_OK or PLLM_ENOMEM. */
 typedef int pllm_rounded_linear_fn(const float *x, ptrdiff_t n, const float *w, ptrdiff_t m, ptrdiff_t k,

@@ -54,16 +54,26 @@ static ptrdiff_t spans_of(ptrdiff_t length) { return (length + SPAN - 1) / SPAN;
 /* Values of span s as they are multiplied: a multiple of 4. */
 static ptrdiff_t span_width(ptrdiff_t length, ptrdiff_t s) { return round_up(smaller(SPAN, length - s * SPAN), 4); }
 
-/* x (SPAN) = span s of a line, zeros behind it; in place where it is whole, else in `copy`. */
+/* Values of span s of a line; none behind the last line. */
+static ptrdiff_t span_count(const factor *f, ptrdiff_t line, ptrdiff_t s)
+{
+    return line < f->lines ? smaller(SPAN, f->length - s * SPAN) : 0;
+}
+
+static const float *span_values(const factor *f, ptrdiff_t line, ptrdiff_t s)
+{
+    return f->values + line * f->length + s * SPAN;
+}
+
+/* SPAN values: span s of a line and zeros behind it, in place where it is whole, else in `copy`. */
 static const float *span_of(const factor *f, ptrdiff_t line, ptrdiff_t s, float *copy)
 {
-    const float *const x = f->values + line * f->length + s * SPAN;
-    const ptrdiff_t count = line < f->lines ? smaller(SPAN, f->length - s * SPAN) : 0;
+    const ptrdiff_t count = span_count(f, line, s);
     if (count == SPAN)
-        return x;
+        return span_values(f, line, s);
     memset(copy, 0, SPAN * sizeof *copy);
     if (count > 0)
-        memcpy(copy, x, (size_t)count * sizeof *copy);
+        memcpy(copy, span_values(f, line, s), (size_t)count * sizeof *copy);
     return copy;
 }
 
@@ -112,10 +122,8 @@ static void round_left(const factor *f, const rounded_factor *left, int threads)
 /* Asks for a whole span, which lies too far from that of the line before it for the processor to do so. */
 static void ask_for_span(const factor *f, ptrdiff_t line, ptrdiff_t s)
 {
-    const float *const x = f->values + line * f->length + s * SPAN;
-    if (line < f->lines && f->length - s * SPAN >= SPAN)
-        for (int i = 0; i < SPAN; i += 16)
-            PLLM_PREFETCH(x + i);
+    for (int i = 0; i < SPAN && span_count(f, line, s) == SPAN; i += 16)
+        PLLM_PREFETCH(span_values(f, line, s) + i);
 }
 
 static void round_right(const factor *f, ptrdiff_t first, ptrdiff_t s, right_block *right)

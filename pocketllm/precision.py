@@ -56,8 +56,8 @@ def factor_dtype() -> torch.dtype:
     """What factors of large products become where :func:`rounded_factors` allows it.
 
     bfloat16 where the processor has tiles for it (AMX); int16, with a scale for each 256 values
-    (:func:`pocketllm.kernels.rounded_linear`), on x86 without them, where that is nearly twice as
-    fast as float32; else float32.
+    (:func:`pocketllm.kernels.rounded_linear`), on x86 without them, where that takes two thirds of
+    the time of float32 or less; else float32.
     """
     if _precision() != "bf16":
         return torch.float32
