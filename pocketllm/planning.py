@@ -230,11 +230,9 @@ def predict_work(plan: Plan, config: PocketConfig) -> Work:
         codecs[name] += sample * STEP_FLOPS * codec.hidden * codec.subvector / flops
     tokens = config.calibration_windows * WINDOW if config.calibration is not None else 0
     looked_at = 0 if config.codebook is not None else SENSITIVITY_TOKENS
-    passes, backward = (
-        2 * plan.weights / _pass_flops(learn=learn) if count else 0.0
-        for learn, count in ((False, tokens), (True, looked_at))
-    )
-    return Work(codecs, matrices, PASSES * passes * tokens, BACKWARD * backward * looked_at)
+    calibration = PASSES * 2 * plan.weights * tokens / _pass_flops(learn=False)
+    sensitivity = BACKWARD * 2 * plan.weights * looked_at / _pass_flops(learn=True)
+    return Work(codecs, matrices, calibration, sensitivity)
 
 
 def predict_speeds(plan: Plan, config: PocketConfig) -> dict[str, float]:

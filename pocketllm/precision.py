@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -77,7 +78,7 @@ def linear_dtype(module: nn.Module) -> torch.dtype:
     return kept_dtype() if _is_plain(module) else torch.float32
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is a linear without a forward of its own, which may not convert what goes in."""
     return type(module) is nn.Linear and "forward" not in vars(module)
 
@@ -92,7 +93,7 @@ def rounded_linears(layer: nn.Module) -> Iterator[None]:
     way = {torch.bfloat16: _in_bfloat16, torch.int16: _in_int16}.get(factor_dtype())
     linears = []
     if way is not None:
-        linears = [m for m in layer.modules() if isinstance(m, nn.Linear) and _is_plain(m)]
+        linears = [m for m in layer.modules() if _is_plain(m)]
         for linear in linears:
             linear.forward = way(linear)
     try:
